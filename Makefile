@@ -1,0 +1,84 @@
+# Everything this project does, on a machine with Linux, Python >= 3.11 and make. `make help` lists the targets.
+#
+#   PYTHON=python3.12       the interpreter to build .venv with (default: python3.11, else python3)
+#   EXTRAS=cpu,dev          the extras to install: cpu or gpu, never both
+#   TORCH_INDEX=URL         where to take torch from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
+#   THREADS=2               processor threads that torch may use in the tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.ONESHELL:
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+EXTRAS ?= cpu,dev
+TORCH_INDEX ?=
+THREADS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRAS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
+
+.PHONY: help setup check test test-all demo evidence bench reference clean distclean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
+
+setup: $(STAMP) ## create .venv and install the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or later, or give PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+		echo "$(PYTHON) is missing or older than 3.11: install Python 3.11 or later, or give PYTHON=..." >&2; exit 1; }
+	echo "[setup] virtual environment in $(VENV), with $$($(PYTHON) --version)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || {
+		rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	# By itself and first: a CPU build that pip can see is taken, and nothing later asks for another one.
+	echo "[setup] torch (some minutes on a slow line; TORCH_INDEX is said at the top of the Makefile)"
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	echo "[setup] dpctl with its dependencies [$(EXTRAS)]"
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$(EXTRAS)]'
+	touch $@
+	echo "[setup] done: $(BIN)/dpctl --help"
+
+check: $(STAMP) ## lint, format, types, import layers, sizes, Dockerfile
+	@echo "[check] ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	echo "[check] sizes of files and functions"
+	$(BIN)/python scripts/check_sizes.py
+	echo "[check] mypy"
+	$(BIN)/mypy
+	echo "[check] import layers"
+	$(BIN)/lint-imports --no-logo
+	echo "[check] hadolint"
+	$(BIN)/hadolint Dockerfile
+
+test: $(STAMP) ## the tests: CPU, no network, under ten minutes on two cores
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu and not trt"
+
+test-all: $(STAMP) ## every test this machine can run, with the full matrices
+	$(OFFLINE) $(BIN)/python -m pytest --durations=20
+
+demo: $(STAMP) ## the whole chain on the reference model, about five minutes; continues after a stop
+	$(BIN)/dpctl run --out demo
+
+evidence: $(STAMP) ## the long run behind docs/, hours; continues after a stop
+	$(BIN)/dpctl run examples/evidence.toml --out evidence
+
+bench: $(STAMP) ## measure the demo's models again
+	$(BIN)/dpctl bench reference demo/finetuned --out demo/bench-again --force
+
+reference: $(STAMP) ## make the embedded reference again (hours; needs Debian's dataset-fashion-mnist); continues after a stop
+	$(BIN)/python -m dpctl.reference.make images
+	$(BIN)/python -m dpctl.reference.make features
+	$(BIN)/dpctl train --data build/reference/train.npz --out build/reference/model --resume
+	$(BIN)/python -m dpctl.reference.make install build/reference/model
+
+clean: ## remove caches and what the demo wrote
+	rm -rf demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find dpctl export runtime scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Prune, finetune, export and measure diffusion models."""

@@ -1,0 +1,1 @@
+"""Measure subjects against one another: one process each, turns interleaved, ratios paired."""

@@ -1,0 +1,1 @@
+"""Quality metrics, one file each: a registry (see dpctl/registry.py)."""

@@ -1,0 +1,301 @@
+"""The command line: options -> one call -> one print. Nothing heavy is imported before a command runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpctl import progress
+from dpctl.errors import DpctlError
+from dpctl.recipe import (
+    ExportRecipe,
+    FinetuneRecipe,
+    PruneRecipe,
+    TrainRecipe,
+    to_dict,
+)
+
+app = typer.Typer(
+    name="dpctl",
+    help="Prune a diffusion model's UNet, finetune it, export it, and prove what that bought.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PRUNE, FINETUNE, TRAIN, EXPORT = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe()
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model directory, a Hub id, or the word reference.", show_default=False)
+]
+Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe as JSON and touch nothing.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Data = Annotated[str, typer.Option("--data", help="A folder of images, an .npz with the array images, or reference.")]
+Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per step.")]
+LearningRate = Annotated[
+    float, typer.Option("--learning-rate", help="Peak learning rate of AdamW (warm-up, then cosine).")
+]
+MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")]
+EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the exponential moving average of the weights.")]
+CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
+SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    out: Out,
+    criterion: Annotated[str, typer.Option(help="random, magnitude, taylor or diff-pruning.")] = PRUNE.criterion,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the channels that goes from every norm group.")
+    ] = None,
+    target_macs: Annotated[float | None, typer.Option(help="MACs as a fraction of the unpruned model's.")] = None,
+    target_params: Annotated[
+        float | None, typer.Option(help="Parameters as a fraction of the unpruned model's.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="T of diff-pruning: timesteps with L_t / L_max > T count.")
+    ] = PRUNE.threshold,
+    reduction: Annotated[
+        str, typer.Option(help="sum-abs or abs-sum: how w * g is reduced over a channel.")
+    ] = PRUNE.reduction,
+    data: Data = PRUNE.data,
+    images: Annotated[int, typer.Option(help="Images that the gradients are taken on.")] = PRUNE.images,
+    timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
+    align: Annotated[int, typer.Option(help="Every width is a multiple of this and of the norm groups.")] = PRUNE.align,
+    seed: Seed = PRUNE.seed,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Cut channels out of a model's UNet; the result loads in stock diffusers."""
+    recipe = PruneRecipe(
+        criterion, ratio, target_macs, target_params, threshold, reduction, data, images, timesteps, align, seed
+    )
+    if dry_run:
+        _print_json(to_dict(recipe))
+        return
+    from dpctl import inspect
+    from dpctl import prune as pruning
+
+    manifest = pruning.prune(model, out, recipe, force=force, bar=progress.bar)
+    _print(inspect.report(manifest, out), json_)
+
+
+@app.command()
+def finetune(
+    model: ModelArgument,
+    out: Out,
+    teacher: Annotated[
+        str, typer.Option(help="The unpruned model; parent takes the one in the manifest.")
+    ] = FINETUNE.teacher,
+    distillation: Annotated[
+        float, typer.Option(help="Weight of output distillation; 0 switches it off.")
+    ] = FINETUNE.distillation,
+    data: Data = FINETUNE.data,
+    steps: Steps = FINETUNE.steps,
+    batch_size: BatchSize = FINETUNE.batch_size,
+    learning_rate: LearningRate = FINETUNE.learning_rate,
+    ema_decay: EmaDecay = FINETUNE.ema_decay,
+    mixed_precision: MixedPrecision = FINETUNE.mixed_precision,
+    checkpoint_every: CheckpointEvery = FINETUNE.checkpoint_every,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Same architecture, random weights: the baseline.")
+    ] = False,
+    seed: Seed = FINETUNE.seed,
+    resume: Resume = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Recover a pruned model's quality: denoising loss and distillation from the unpruned teacher."""
+    recipe = FinetuneRecipe(
+        data=data,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        ema_decay=ema_decay,
+        mixed_precision=mixed_precision,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+        teacher=teacher,
+        distillation=distillation,
+        from_scratch=from_scratch,
+    )
+    if dry_run:
+        _print_json(to_dict(recipe))
+        return
+    from dpctl import finetune as finetuning
+    from dpctl import inspect
+
+    manifest = finetuning.finetune(model, out, recipe, resume=resume, force=force, bar=progress.bar)
+    _print(inspect.report(manifest, out), json_)
+
+
+@app.command()
+def train(
+    out: Out,
+    config: Annotated[str, typer.Option(help="A UNet config.json, a model directory, or reference.")] = TRAIN.config,
+    data: Data = TRAIN.data,
+    steps: Steps = TRAIN.steps,
+    batch_size: BatchSize = TRAIN.batch_size,
+    learning_rate: LearningRate = TRAIN.learning_rate,
+    ema_decay: EmaDecay = TRAIN.ema_decay,
+    mixed_precision: MixedPrecision = TRAIN.mixed_precision,
+    checkpoint_every: CheckpointEvery = TRAIN.checkpoint_every,
+    seed: Seed = TRAIN.seed,
+    resume: Resume = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Train a UNet from random weights."""
+    recipe = TrainRecipe(
+        data=data,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        ema_decay=ema_decay,
+        mixed_precision=mixed_precision,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+        config=config,
+    )
+    if dry_run:
+        _print_json(to_dict(recipe))
+        return
+    from dpctl import finetune as finetuning
+    from dpctl import inspect
+
+    manifest = finetuning.train(out, recipe, resume=resume, force=force, bar=progress.bar)
+    _print(inspect.report(manifest, out), json_)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Out,
+    precision: Annotated[str, typer.Option(help="fp32.")] = EXPORT.precision,
+    batch: Annotated[str, typer.Option(help="MIN,OPT,MAX of the UNet's batch.")] = "1,8,64",
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Export a model to ONNX and check it against torch; a breach of tolerance exits 3 and leaves nothing."""
+    bounds = _integers(batch, "--batch")
+    if len(bounds) != 3:
+        raise typer.BadParameter("give three numbers, e.g. 1,8,64", param_hint="--batch")
+    from dpctl import inspect
+    from dpctl.models import load_model
+    from export.to_onnx import export_model
+
+    manifest = export_model(
+        load_model(model),
+        out,
+        precision=precision,
+        batch=(bounds[0], bounds[1], bounds[2]),
+        force=force,
+        bar=progress.bar,
+    )
+    _print(inspect.report(manifest, out), json_)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)], json_: Json = False
+) -> None:
+    """Repeat the parity check of an exported directory on this machine, without the original model."""
+    from dpctl import inspect
+    from export.verify import verify_directory
+
+    _print(inspect.parity_report(verify_directory(directory)), json_)
+
+
+@app.command()
+def sample(
+    model: ModelArgument,
+    out: Out,
+    count: Annotated[int, typer.Option(help="Number of images.")] = 16,
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    scheduler: SchedulerOption = "ddim",
+    backend: Annotated[str, typer.Option(help="eager or ort; auto takes what the directory is made for.")] = "auto",
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Draw images from any model or exported directory: a grid and one PNG each."""
+    from dpctl import sample as sampling
+
+    wish = sampling.Wish(count, num_inference_steps, scheduler, backend, batch_size, seed)
+    _print(sampling.draw(model, out, wish, force=force, bar=progress.bar), json_)
+
+
+@app.command()
+def inspect(model: ModelArgument, json_: Json = False) -> None:
+    """Show an artifact's lineage, widths, parameters and MACs."""
+    from dpctl import inspect as inspection
+
+    _print(inspection.inspect(model), json_)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say what this machine can do, and what to do about what is missing."""
+    from dpctl import doctor as diagnosis
+
+    findings = diagnosis.diagnose()
+    if json_:
+        _print_json(diagnosis.as_json(findings))
+        return
+    _console().print(diagnosis.as_table(findings))
+
+
+def _print(report: Any, as_json: bool) -> None:
+    """Print a report: its `.json` document, or its `.renderables` for people."""
+    if as_json:
+        _print_json(report.json)
+        return
+    for renderable in report.renderables:
+        _console().print(renderable)
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width of its own: 80 columns would fold the tables of every log.
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    """Parse ``1,8,64``; a mistake is a usage error (exit 2)."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers like 1,8", param_hint=option) from None
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} holds a number below 1", param_hint=option)
+    return numbers
+
+
+def main() -> None:
+    """Run the command line; a DpctlError is printed without a traceback and gives its exit code."""
+    try:
+        app()
+    except DpctlError as problem:
+        typer.echo(f"error: {problem}", err=True)
+        sys.exit(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What a UNet costs before anything is measured: parameters, multiply-accumulates, bytes.
+
+MACs are our own count, the same on every device: convolutions and linear layers at batch 1, with the two
+products of attention beside them. (torch's FlopCounterMode counts attention as 0 on the CPU and in full on meta.)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpctl.errors import DpctlError
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one forward pass at batch 1."""
+
+    linear: int
+    attention: int
+
+
+def parameters(unet: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in unet.parameters())
+
+
+def positions(unet: Any) -> dict[str, int]:
+    """Return layer name -> number of output positions (H * W, or tokens) at batch 1, summed over its calls.
+
+    The MACs of a layer are its positions times the size of its weight, so that one pass over the unpruned
+    network prices every plan for it.
+    """
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            counts[name] = counts.get(name, 0) + output.numel() // width_out(module)
+
+        return hook
+
+    hooks = [m.register_forward_hook(count(name)) for name, m in unet.named_modules() if is_layer(m)]
+    try:
+        with torch.no_grad():
+            unet(*example_inputs(unet))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
+
+
+def macs(unet: Any) -> Macs:
+    """Count the MACs of one forward pass at batch 1 at the model's own size."""
+    modules = dict(unet.named_modules())
+    where = positions(unet)
+    linear = sum(n * modules[name].weight.numel() for name, n in where.items())
+    attention = sum(
+        2 * where[f"{name}.to_q"] * where[f"{name}.to_k"] * module.to_q.out_features
+        for name, module in modules.items()
+        if f"{name}.to_q" in where and f"{name}.to_k" in where
+    )
+    return Macs(linear=linear, attention=attention)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Tell whether MACs are counted for `module`."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+
+
+def width_out(module: Any) -> int:
+    """Return the number of output channels of a convolution or linear layer."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+def example_inputs(unet: Any, batch: int = 1) -> tuple[Any, ...]:
+    """Return the positional inputs of a forward pass at the model's own size, on its device: zeros at timestep 1.
+
+    Raises a DpctlError for a network whose inputs are not known.
+    """
+    if getattr(unet.config, "class_embed_type", None) is not None:
+        got = f"class_embed_type {unet.config.class_embed_type!r}"
+        raise DpctlError("the network's class input is not supported", got, "bring a model with class_embed_type null")
+    height, width = sample_size(unet.config)
+    parameter = next(unet.parameters())
+    sample = torch.zeros(batch, unet.config.in_channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    # Timestep 1: the Fourier embedding takes its logarithm. A learned embedding is a table, looked up by integers.
+    learned = getattr(unet.config, "time_embedding_type", None) == "learned"
+    timestep = torch.ones(batch, device=parameter.device, dtype=torch.long if learned else torch.float32)
+    if getattr(unet.config, "num_class_embeds", None):
+        return sample, timestep, torch.zeros(batch, dtype=torch.long, device=parameter.device)
+    return sample, timestep
+
+
+def sample_size(config: Any) -> tuple[int, int]:
+    """Return (height, width) of the model's `sample_size`, which diffusers keeps as a number or a pair."""
+    size = config.sample_size
+    if size is None:
+        raise DpctlError(
+            "the network's config does not say its image size", "sample_size null", "set sample_size in its config.json"
+        )
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def stats(unet: Any) -> dict[str, int]:
+    """Return params, macs and attention_macs as the manifest keeps them."""
+    counted = macs(unet)
+    return {"params": parameters(unet), "macs": counted.linear, "attention_macs": counted.attention}
+
+
+def file_bytes(directory: Path) -> int:
+    """Return the bytes of the network's files: what `unet/` holds in weights, graphs and engines."""
+    suffixes = {".safetensors", ".onnx", ".data", ".engine"}
+    skipped = {"golden.safetensors", "kept.safetensors"}
+    return sum(
+        p.stat().st_size for p in (directory / "unet").rglob("*") if p.suffix in suffixes and p.name not in skipped
+    )

@@ -1,0 +1,60 @@
+"""What a figure or an artifact was made with: library versions, processor, threads, GPU (stdlib only)."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "accelerate",
+    "torch-pruning",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "numpy",
+)
+
+
+def version(distribution: str) -> str | None:
+    """Return the installed version of `distribution`, or None; imports nothing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """Return the processor's model name as the kernel gives it, with the core count."""
+    name = platform.processor() or platform.machine()
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def gpu() -> str | None:
+    """Return the first GPU's name if torch is already imported and sees one (never imports torch)."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name(0)) if torch is not None and torch.cuda.is_available() else None
+
+
+def describe() -> dict[str, Any]:
+    """Return the environment as plain JSON values, the same shape on every machine."""
+    return {
+        "libraries": {name: found for name in LIBRARIES if (found := version(name))},
+        "dpctl": version("dpctl-diffusion"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "gpu": gpu(),
+    }

@@ -1,0 +1,114 @@
+"""`dpctl inspect`: an artifact's lineage, widths, parameters and MACs, for people and as JSON."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpctl import artifact, units
+from dpctl.artifact import Manifest
+
+_BLOCK = re.compile(r"(?:down|up)_blocks\.\d+|[^.]+")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command prints: one JSON document, or rich renderables."""
+
+    json: Any
+    renderables: list[Any] = field(default_factory=list)
+
+
+def inspect(name: str) -> Report:
+    """Describe a model: from its manifest where there is one, else by loading and counting it."""
+    from dpctl.models import load_model, resolve
+
+    directory = resolve(name)
+    manifest = artifact.read_manifest(directory)
+    if manifest is not None:
+        artifact.verify_files(directory, manifest)
+        return report(manifest, directory)
+    from dpctl import cost
+
+    model = load_model(name)
+    stats = cost.stats(model.unet) | {"bytes": cost.file_bytes(directory)}
+    document = {"kind": "foreign", "digest": model.digest, "stats": stats, "lineage": []}
+    return Report(document, [_figures("foreign", directory, model.digest, stats)])
+
+
+def report(manifest: Manifest, directory: Path) -> Report:
+    """Describe an artifact from its manifest alone."""
+    stats = manifest.stats
+    tables = [_figures(manifest.kind, directory, manifest.digest, stats)]
+    if manifest.lineage:
+        tables.append(_lineage(manifest))
+    if widths := stats.get("widths"):
+        tables.append(_widths(widths, stats.get("left_alone", {})))
+    if manifest.parity:
+        tables += parity_report(manifest.parity).renderables
+    return Report(asdict(manifest) | {"digest": manifest.digest, "directory": str(directory)}, tables)
+
+
+def parity_report(parity: dict[str, Any]) -> Report:
+    """Describe the verdict of a parity check."""
+    from rich.text import Text
+
+    worst = parity.get("worst", {})
+    text = f"parity {parity['verdict']}: " + ", ".join(f"{name} {_shown(value)}" for name, value in worst.items())
+    return Report(parity, [Text(text.rstrip(": "), style="green" if parity["verdict"] == "passed" else "red")])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _figures(kind: str, directory: Path, digest: str, stats: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{directory} ({kind}, {digest[:12]})", title_justify="left", show_header=False)
+    unpruned = stats.get("unpruned")
+    for name in ("params", "macs", "attention_macs"):
+        if name in stats:
+            text = units.count(stats[name])
+            if unpruned and unpruned.get(name):
+                text += (
+                    f"  ({units.percent(stats[name] / unpruned[name])} of the unpruned {units.count(unpruned[name])})"
+                )
+            table.add_row(name.replace("_", " "), text)
+    if "bytes" in stats:
+        table.add_row("weights on disk", units.bytes_(stats["bytes"]))
+    for name, value in (stats.get("requested") or {}).items():
+        table.add_row("asked", f"{name.replace('_', ' ')} {value:g}")
+    if "achieved" in stats:
+        table.add_row("achieved", ", ".join(f"{name} {value:.4f}" for name, value in stats["achieved"].items()))
+    if "steps" in stats:
+        table.add_row("trained", f"{stats['steps']} steps, loss of the last 50: {stats['loss']:.4f}")
+    return table
+
+
+def _lineage(manifest: Manifest) -> Any:
+    from rich.table import Table
+
+    table = Table("kind", "digest", "source", "recipe", title="lineage, oldest first", title_justify="left")
+    own = {"kind": manifest.kind, "digest": manifest.digest, "source": "this directory", "recipe": manifest.recipe}
+    for entry in [*manifest.lineage, own]:
+        recipe = ", ".join(f"{name} {value}" for name, value in entry.get("recipe", {}).items())
+        table.add_row(entry["kind"], entry["digest"][:12], str(entry["source"]), recipe)
+    return table
+
+
+def _widths(widths: dict[str, list[int]], left_alone: dict[str, str]) -> Any:
+    from rich.table import Table
+
+    table = Table("block", "channel groups: before -> after", title="widths per block", title_justify="left")
+    blocks: dict[str, list[str]] = {}
+    for name, (before, after) in widths.items():
+        block = _BLOCK.match(name)[0]  # type: ignore[index]  # it matches any name
+        rest = name[len(block) :].lstrip(".")
+        blocks.setdefault(block, []).append(f"{rest} {before} -> {after}".strip())
+    order = {"conv_in": 0, "time_embedding": 1, "down_blocks": 2, "mid_block": 3, "up_blocks": 4}
+    for block in sorted(blocks, key=lambda b: (order.get(b.partition(".")[0], 5), b)):
+        table.add_row(block, ", ".join(blocks[block]))
+    for name, reason in left_alone.items():
+        table.add_row(name, f"left alone: {reason}")
+    return table

@@ -1,0 +1,171 @@
+"""Structural pruning of a diffusion UNet: score, plan, cut, write the artifact."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpctl import artifact, cost, progress, registry
+from dpctl.artifact import Manifest
+from dpctl.errors import DpctlError
+from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
+from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
+from dpctl.recipe import PruneRecipe, to_dict
+
+CRITERIA = "dpctl.prune.criteria"
+KEPT = "kept.safetensors"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A slim network with everything its artifact says of it."""
+
+    unet: Any
+    plan: PruningPlan
+    kept: dict[str, Any]
+    stats: dict[str, Any]
+
+
+def prune(
+    model: str, out: Path, recipe: PruneRecipe, *, force: bool = False, bar: progress.Bar = progress.no_bar
+) -> Manifest:
+    """Prune a model by a recipe and write the slim one as a model directory.
+
+    Raises a DpctlError for an unusable recipe, model, data or output; nothing is written then.
+    """
+    check(recipe)
+    artifact.refuse_existing(out, force=force)
+    source = load_model(model)
+    pruned = prune_unet(source, recipe, bar=bar)
+    with artifact.writing(out, force=force) as directory:
+        save_model(directory, model=source, unet=pruned.unet)
+        _save_kept(directory, source, pruned)
+        return artifact.write_manifest(
+            directory,
+            kind="pruned",
+            recipe=to_dict(recipe),
+            stats=pruned.stats | {"bytes": cost.file_bytes(directory)},
+            **artifact.descent(source.manifest, source.digest, source.source),
+        )
+
+
+def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
+    """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
+    from dpctl.prune.groups import find_groups
+    from dpctl.prune.importance import Scoring
+    from dpctl.prune.network import describe
+    from dpctl.prune.surgery import kept_indices, slim
+
+    criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
+    groups = find_groups(source.unet)
+    network = describe(source.unet, groups)
+    images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
+    with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
+        scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
+        scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
+    plan = select(network, scores, _widths(network, scores, recipe, _unpruned(source)))
+    kept = kept_indices(source.unet, groups, plan)
+    small = slim(source.unet, kept)
+    return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe, groups.left_alone))
+
+
+def check(recipe: PruneRecipe) -> None:
+    """Raise a DpctlError unless a recipe names one target inside (0, 1) and known, sensible values."""
+    targets = {"ratio": recipe.ratio, "target_macs": recipe.target_macs, "target_params": recipe.target_params}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise DpctlError(
+            "pruning needs exactly one target",
+            ", ".join(given) or "none",
+            "give one of --ratio, --target-macs, --target-params",
+        )
+    name, value = next(iter(given.items()))
+    if not 0.0 < value < 1.0:
+        raise DpctlError(
+            f"--{name.replace('_', '-')} is outside (0, 1)",
+            f"{value:g}",
+            "give a fraction of the unpruned model, e.g. 0.5",
+        )
+    if not 0.0 <= recipe.threshold < 1.0:
+        raise DpctlError(
+            "--threshold is outside [0, 1)", f"{recipe.threshold:g}", "T is a fraction of the largest loss, e.g. 0.05"
+        )
+    if min(recipe.align, recipe.images, recipe.timesteps) < 1:
+        raise DpctlError(
+            "a count is below 1",
+            f"align {recipe.align}, images {recipe.images}, timesteps {recipe.timesteps}",
+            "give 1 or more",
+        )
+    from dpctl.prune.importance import REDUCTIONS
+
+    if recipe.reduction not in REDUCTIONS:
+        raise DpctlError("unknown reduction", repr(recipe.reduction), f"choose one of: {', '.join(REDUCTIONS)}")
+    registry.check(CRITERIA, recipe.criterion, "criterion")
+
+
+def _widths(
+    network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, unpruned: dict[str, int]
+) -> dict[str, int]:
+    if recipe.ratio is not None:
+        return uniform(network, recipe.ratio, recipe.align)
+    measure, fraction = (
+        ("macs", recipe.target_macs) if recipe.target_macs is not None else ("params", recipe.target_params)
+    )
+    return widths_for_target(network, scores, measure, float(fraction or 0.0) * unpruned[measure], recipe.align)
+
+
+def _unpruned(source: Model) -> dict[str, int]:
+    """Return the costs that target fractions refer to: of the model as it was before any pruning."""
+    recorded = source.manifest.stats.get("unpruned") if source.manifest is not None else None
+    if recorded:
+        return recorded
+    base = getattr(source.unet.config, "base_config", None)
+    if not base:
+        return cost.stats(source.unet)
+    # A pruned model without our manifest (its unet/ alone, or saved by stock diffusers): count, compute nothing.
+    import torch
+
+    with torch.device("meta"):
+        return cost.stats(build_unet({"_class_name": "UNet2DModel"} | dict(base)).eval())
+
+
+def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
+    from dpctl.data import open_data
+
+    config = unet.config
+    if config.num_class_embeds is not None or config.in_channels != config.out_channels:
+        raise DpctlError(
+            f"the criterion {recipe.criterion} cannot score this model",
+            f"class embeddings {config.num_class_embeds}, channels in {config.in_channels}, out {config.out_channels}",
+            "use --criterion magnitude or random: images alone do not give the loss of such a model",
+        )
+    return open_data(recipe.data, channels=unet.config.in_channels, size=cost.sample_size(unet.config))
+
+
+def _stats(
+    source: Model, small: Any, network: Any, plan: PruningPlan, recipe: PruneRecipe, left_alone: dict[str, str]
+) -> dict[str, Any]:
+    after = cost.stats(small)
+    measured = (after["params"], after["macs"])
+    if measured != (network.cost("params", plan.widths()), network.cost("macs", plan.widths())):
+        raise RuntimeError("the plan's price is not the slim network's: the cost model and the surgery disagree")
+    unpruned = _unpruned(source)
+    full = network.full()
+    return after | {
+        "unpruned": unpruned,
+        "requested": {k: v for k in ("ratio", "target_macs", "target_params") if (v := getattr(recipe, k)) is not None},
+        "achieved": {measure: after[measure] / unpruned[measure] for measure in ("macs", "params")},
+        "widths": {name: [full[name], kept] for name, kept in plan.widths().items()},
+        "left_alone": left_alone,
+    }
+
+
+def _save_kept(directory: Path, source: Model, pruned: Pruned) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from dpctl.prune.surgery import compose
+
+    earlier = unet_directory(source.directory) / KEPT
+    if getattr(source.unet.config, "channels", None) and not earlier.is_file():
+        return  # saved by stock diffusers, which drops the file: what was kept of the base model is not known
+    kept = compose(load_file(earlier) if earlier.is_file() else None, pruned.kept)
+    save_file({key: index.contiguous() for key, index in kept.items()}, directory / "unet" / KEPT)

@@ -1,0 +1,1 @@
+"""Criteria of importance, one file each: a registry (see dpctl/registry.py)."""

@@ -1,0 +1,10 @@
+"""Diff-Pruning (Fang et al., NeurIPS 2023, section 4.2): Taylor importance over the timesteps with L_t / L_max > T."""
+
+from dpctl.prune.importance import Scores, Scoring, first_order
+
+NEEDS_DATA = True
+
+
+def score(scoring: Scoring) -> Scores:
+    """Return |w * dL/dw|, L the denoising loss summed over the timesteps above the recipe's threshold."""
+    return first_order(scoring, threshold=scoring.recipe.threshold)

@@ -1,0 +1,10 @@
+"""First-order Taylor importance over all timesteps alike (Molchanov et al., ICLR 2017): Diff-Pruning with T = 0."""
+
+from dpctl.prune.importance import Scores, Scoring, first_order
+
+NEEDS_DATA = True
+
+
+def score(scoring: Scoring) -> Scores:
+    """Return |w * dL/dw|, L the denoising loss summed over the whole timestep grid."""
+    return first_order(scoring, threshold=0.0)

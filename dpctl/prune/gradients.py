@@ -1,0 +1,91 @@
+"""Accumulate denoising gradients over timesteps, with the Diff-Pruning threshold (paper, section 4.2).
+
+Follows the paper's definition: a timestep counts if L_t / L_max > T. (The reference code tests after `backward()`, so
+that the first timestep below the threshold still counts there; here it does not.)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpctl import progress
+from dpctl.data import Images
+from dpctl.diffusion import denoising_loss, noise_for, sample_generator
+from dpctl.errors import DpctlError
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Parameter name -> d(sum over active t of L_t)/d(parameter), and how the timesteps were chosen."""
+
+    by_name: dict[str, Tensor]
+    losses: dict[int, float]
+    active: tuple[int, ...]
+
+
+def timestep_grid(scheduler: Any, count: int) -> list[int]:
+    """Return `count` timesteps evenly over the training schedule, the first included; all where it has fewer."""
+    total = int(scheduler.config.num_train_timesteps)
+    count = min(count, total)
+    return [step * total // count for step in range(count)]
+
+
+def active_timesteps(losses: dict[int, float], threshold: float) -> tuple[int, ...]:
+    """Return the timesteps with L_t / L_max > T. Raises a DpctlError where a loss is not finite."""
+    bad = [t for t, loss in losses.items() if not 0 <= loss < float("inf")]
+    if bad:
+        raise DpctlError(
+            "the denoising loss is not finite",
+            f"timestep {bad[0]}",
+            "the weights or the data hold NaN or Inf: check the model",
+        )
+    largest = max(losses.values())
+    return tuple(t for t, loss in losses.items() if loss > threshold * largest)
+
+
+def accumulate(
+    unet: Any,
+    scheduler: Any,
+    images: Images,
+    *,
+    count: int,
+    timesteps: int,
+    threshold: float,
+    seed: int,
+    advance: progress.Advance = progress.silent,
+) -> Gradients:
+    """Return the gradients of the denoising loss, summed over the timesteps that matter.
+
+    One batch of `count` images with one fixed noise serves all timesteps, as in the reference code; `timesteps` of
+    them are looked at. No graph is kept over timesteps, so the memory is that of one training step.
+    """
+    order = torch.randperm(len(images), generator=sample_generator(seed, 0, "score-images"))[:count].tolist()
+    device = next(unet.parameters()).device
+    clean = images.batch(order).to(device)
+    noise = noise_for(seed, order, clean.shape[1:], "score-noise").to(device)
+
+    # Which timesteps matter: a forward pass over the grid.
+    losses: dict[int, float] = {}
+    grid = timestep_grid(scheduler, timesteps)
+    for t in grid:
+        with torch.no_grad():
+            losses[t] = float(_loss_at(unet, scheduler, clean, noise, t))
+        advance(1)
+
+    # Their gradients: autograd adds up in .grad, one timestep's graph at a time.
+    active = active_timesteps(losses, threshold)
+    unet.requires_grad_(True).zero_grad(set_to_none=True)
+    for t in grid:
+        if t in active:
+            _loss_at(unet, scheduler, clean, noise, t).backward()
+        advance(1)
+    gradients = {name: p.grad.detach().clone() for name, p in unet.named_parameters() if p.grad is not None}
+    unet.zero_grad(set_to_none=True)
+    return Gradients(gradients, losses, active)
+
+
+def _loss_at(unet: Any, scheduler: Any, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    timesteps = torch.full((len(clean),), timestep, dtype=torch.long, device=clean.device)
+    return denoising_loss(unet, scheduler, clean, noise, timesteps).mean()

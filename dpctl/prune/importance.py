@@ -1,0 +1,84 @@
+"""Values on weights -> scores of channels: the reduction over every layer that is coupled in a group."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpctl import progress
+from dpctl.data import Images
+from dpctl.errors import DpctlError
+from dpctl.prune import gradients
+from dpctl.prune.groups import OUT, ChannelGroup, Member
+from dpctl.recipe import PruneRecipe
+
+REDUCTIONS = ("sum-abs", "abs-sum")
+Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a criterion may look at. `images` is None for criteria that need no data."""
+
+    unet: Any
+    groups: tuple[ChannelGroup, ...]
+    scheduler: Any
+    images: Images | None
+    recipe: PruneRecipe
+    advance: progress.Advance = progress.silent
+
+
+def slices(module: nn.Module, side: str) -> list[tuple[str, int]]:
+    """Return (parameter, dimension) for each parameter of `module` that has the channels of that side."""
+    if isinstance(module, nn.Embedding):
+        return [("weight", 1)]
+    if side == OUT:
+        return [(name, 0) for name in ("weight", "bias") if getattr(module, name, None) is not None]
+    return [("weight", 1)]
+
+
+def reduce_over(unet: Any, group: ChannelGroup, values: Mapping[str, Tensor], reduction: str) -> Tensor:
+    """Return the score of each channel of a group, [width].
+
+    `values` has one number per weight (parameter name -> tensor of its shape). ``"sum-abs"`` is the sum of |value|
+    over a channel's weights, ``"abs-sum"`` the absolute value of their sum, layer by layer; layers are added.
+    """
+    scores = torch.zeros(group.width, dtype=torch.float64)
+    for member in group.members:
+        scores.index_add_(0, torch.tensor(member.channel), _member_scores(unet, member, values, reduction))
+    return scores
+
+
+def _member_scores(unet: Any, member: Member, values: Mapping[str, Tensor], reduction: str) -> Tensor:
+    """Return one value per entry of `member.index`."""
+    whole = torch.zeros(len(member.index), dtype=torch.float64)
+    for parameter, dimension in slices(unet.get_submodule(member.module), member.side):
+        value = values.get(f"{member.module}.{parameter}")
+        if value is None:
+            continue
+        picked = value.double().cpu().index_select(dimension, torch.tensor(member.index)).movedim(dimension, 0)
+        picked = picked.reshape(len(member.index), -1)
+        whole += picked.abs().sum(1) if reduction == "sum-abs" else picked.sum(1)
+    return whole if reduction == "sum-abs" else whole.abs()
+
+
+def first_order(scoring: Scoring, threshold: float) -> Scores:
+    """Return the first-order Taylor importance |w * dL/dw| of each group's channels, L summed over active timesteps."""
+    recipe = scoring.recipe
+    if scoring.images is None:
+        raise DpctlError("the criterion needs data", recipe.criterion, "give --data, or use magnitude or random")
+    summed = gradients.accumulate(
+        scoring.unet,
+        scoring.scheduler,
+        scoring.images,
+        count=recipe.images,
+        timesteps=recipe.timesteps,
+        threshold=threshold,
+        seed=recipe.seed,
+        advance=scoring.advance,
+    )
+    weights = dict(scoring.unet.named_parameters())
+    products = {name: weights[name].detach() * gradient for name, gradient in summed.by_name.items()}
+    return {group.name: reduce_over(scoring.unet, group, products, recipe.reduction) for group in scoring.groups}

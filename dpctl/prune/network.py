@@ -1,0 +1,58 @@
+"""UNet + groups -> the Network that planning prices: every layer's cost as a function of the groups' widths."""
+
+from typing import Any
+
+from torch import nn
+
+from dpctl.cost import positions
+from dpctl.prune.groups import Groups
+from dpctl.prune.plan import Layer, Network, Side, Span
+from dpctl.pruned_unet import widths
+
+
+def describe(unet: Any, groups: Groups) -> Network:
+    """Return spans and layer costs of `unet`; one forward pass counts the positions of each layer."""
+    counted = positions(unet)
+    repeats: dict[str, dict[str, int]] = {}
+    for group in groups.prunable:
+        for member in group.members:
+            # A side holds each channel a whole number of times: twice where a tensor is concatenated with itself.
+            side = repeats.setdefault(f"{member.module}.{member.side}", {})
+            side[group.name] = side.get(group.name, 0) + len(member.index) // group.width
+    full = {group.name: group.width for group in groups.prunable}
+    layers = [_layer(name, m, counted, repeats, full) for name, m in unet.named_modules() if has_own_weights(m)]
+    return Network(tuple(Span(g.name, g.width, g.segments) for g in groups.prunable), tuple(layers))
+
+
+def has_own_weights(module: nn.Module) -> bool:
+    """Tell whether `module` itself (not a child) holds parameters."""
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _layer(
+    name: str, module: Any, counted: dict[str, int], repeats: dict[str, dict[str, int]], full: dict[str, int]
+) -> Layer:
+    if isinstance(module, nn.GroupNorm):
+        return Layer(
+            name,
+            0,
+            0,
+            Side(0),
+            _side(f"{name}.out", module.num_channels, repeats, full),
+            vectors=2 if module.affine else 0,
+        )
+    try:
+        before, after = widths(module)
+    except TypeError:  # a layer of an unknown kind is in no group: its cost is what it is
+        sizes = {parameter: values.numel() for parameter, values in module.named_parameters(recurse=False)}
+        weight = sizes.pop("weight", 0)
+        return Layer(name, counted.get(name, 0), 1, Side(weight), Side(1), vectors=sum(sizes.values()))
+    kernel = module.weight.numel() // (before * after)
+    bias = int(getattr(module, "bias", None) is not None)
+    inputs, outputs = _side(f"{name}.in", before, repeats, full), _side(f"{name}.out", after, repeats, full)
+    return Layer(name, counted.get(name, 0), kernel, inputs, outputs, vectors=bias)
+
+
+def _side(key: str, size: int, repeats: dict[str, dict[str, int]], full: dict[str, int]) -> Side:
+    times = repeats.get(key, {})
+    return Side(size - sum(count * full[group] for group, count in times.items()), times)

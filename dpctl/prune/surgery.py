@@ -1,0 +1,93 @@
+"""PruningPlan + UNet -> slim UNet; ensures a forward pass.
+
+Nothing of the original is changed: the kept slices are copied into a PrunedUNet2DModel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpctl.cost import example_inputs
+from dpctl.prune.groups import Groups
+from dpctl.prune.importance import slices
+from dpctl.prune.plan import PruningPlan
+from dpctl.pruned_unet import PrunedUNet2DModel, widths
+
+Kept = dict[str, Tensor]
+
+
+def kept_indices(unet: Any, groups: Groups, plan: PruningPlan) -> Kept:
+    """Return ``"<module>.<side>"`` -> positions of that side that stay, ascending, for every side that shrinks."""
+    gone: dict[str, set[int]] = {}
+    for group in groups.prunable:
+        staying = set(plan.keep[group.name])
+        for member in group.members:
+            removed = {i for i, channel in zip(member.index, member.channel, strict=True) if channel not in staying}
+            gone.setdefault(f"{member.module}.{member.side}", set()).update(removed)
+    kept = {}
+    for key, removed in gone.items():
+        if removed:
+            kept[key] = torch.tensor([i for i in range(_size(unet, key)) if i not in removed], dtype=torch.int64)
+    return kept
+
+
+def slim(unet: Any, kept: Kept) -> PrunedUNet2DModel:
+    """Return a PrunedUNet2DModel with the kept slices of `unet`; ensures that it runs and gives finite outputs.
+
+    The slim attention divides by the root of its *new* head width; the factor that keeps the softmax temperature of
+    the original is folded into to_q.
+    """
+    channels = dict(getattr(unet.config, "channels", None) or {})
+    channels |= {name: _new_widths(unet, name, kept) for name in sorted({key.rpartition(".")[0] for key in kept})}
+    base = getattr(unet.config, "base_config", None) or {k: v for k, v in unet.config.items() if not k.startswith("_")}
+    small = PrunedUNet2DModel(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
+
+    state = dict(unet.state_dict())
+    for key, index in kept.items():
+        name, _, side = key.rpartition(".")
+        module = unet.get_submodule(name)
+        for parameter, dimension in slices(module, side):
+            whole = f"{name}.{parameter}"
+            state[whole] = state[whole].index_select(dimension, index.to(state[whole].device))
+        if side == "out" and name.endswith(".to_q"):
+            factor = (len(index) / module.out_features) ** 0.5
+            for parameter in [p for p in ("weight", "bias") if f"{name}.{p}" in state]:
+                state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
+    small.load_state_dict(state)
+    small.to(next(unet.parameters()).device).eval()
+    _ensure_forward(small)
+    return small
+
+
+def compose(parent: Kept | None, kept: Kept) -> Kept:
+    """Return kept positions relative to the base model, where the pruned model was itself pruned from `parent`."""
+    if not parent:
+        return kept
+    both = {key: parent[key][index] if key in parent else index for key, index in kept.items()}
+    return parent | both
+
+
+def _size(unet: Any, key: str) -> int:
+    name, _, side = key.rpartition(".")
+    found = widths(unet.get_submodule(name))
+    return found[0] if side == "in" else found[-1]
+
+
+def _new_widths(unet: Any, name: str, kept: Kept) -> list[int]:
+    new = widths(unet.get_submodule(name))
+    if f"{name}.in" in kept:
+        new[0] = len(kept[f"{name}.in"])
+    if f"{name}.out" in kept:
+        new[-1] = len(kept[f"{name}.out"])
+    return new
+
+
+def _ensure_forward(unet: Any) -> None:
+    inputs = example_inputs(unet)
+    with torch.no_grad():
+        output = unet(*inputs).sample
+    if output.shape[0] != 1 or output.shape[2:] != inputs[0].shape[2:] or not bool(output.isfinite().all()):
+        raise RuntimeError(
+            f"the slim network does not run: output {tuple(output.shape)}, finite {bool(output.isfinite().all())}"
+        )

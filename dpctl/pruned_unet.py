@@ -1,0 +1,132 @@
+"""A UNet2DModel whose layers may each have a width of their own.
+
+This file travels with every pruned model: stock diffusers loads the directory without dpctl installed, through
+``DiffusionPipeline.from_pretrained(dir, trust_remote_code=True)`` or ``AutoModel.from_pretrained(dir + "/unet",
+trust_remote_code=True)``. It imports torch and diffusers only. Made by dpctl (Apache-2.0).
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+Channels = dict[str, list[int]]
+
+
+class PrunedUNet2DModel(UNet2DModel):
+    """UNet2DModel(**base_config) with the layers named in `channels` narrowed.
+
+    `base_config` is the unpruned model's config (so `config.block_out_channels` stays the unpruned value);
+    `channels` maps a module's name to [in, out] of a convolution, linear layer or embedding, or to [width] of a norm.
+    """
+
+    # Stock diffusers names a custom component by its class's module: this must be the name of the file beside the
+    # weights, both in model_index.json and in auto_map, wherever the class was imported from.
+    __module__ = "pruned_unet"
+    _auto_class = "AutoModel"
+
+    @register_to_config
+    def __init__(self, base_config: dict[str, Any], channels: Channels) -> None:
+        super().__init__(**{name: value for name, value in base_config.items() if not name.startswith("_")})
+        narrow(self, channels)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Split a config as stock does, without its warning about the base values that stand in `base_config` too."""
+        told = {*config_dict.get("base_config", {}), "auto_map"}
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in told}, **kwargs)
+
+    # The explicit signature of stock's method: pipelines look at it to decide what they may pass on.
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as stock diffusers does and put this source file beside the weights, so that it loads again."""
+        folder = Path(save_directory)
+        target = folder / "pruned_unet.py"
+        # Before stock's part, which may push the folder to the Hub; a file in its place is stock's to refuse.
+        if is_main_process and not folder.is_file() and not (target.exists() and target.samefile(__file__)):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, target)
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+
+
+def narrow(unet: nn.Module, channels: Channels) -> None:
+    """Replace every layer named in `channels` by one of the same kind with these widths; weights are fresh."""
+    for name, widths in channels.items():
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(unet.get_submodule(parent_name), leaf, _resized(unet.get_submodule(name), list(widths)))
+    for module in unet.modules():
+        _fit_attributes(module)
+
+
+def _resized(layer: nn.Module, widths: list[int]) -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(
+            widths[0],
+            widths[1],
+            kernel_size=layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            bias=layer.bias is not None,
+        )
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(widths[0], widths[1], bias=layer.bias is not None)
+    if isinstance(layer, nn.GroupNorm):
+        return nn.GroupNorm(layer.num_groups, widths[0], eps=layer.eps, affine=layer.affine)
+    if isinstance(layer, nn.Embedding):
+        return nn.Embedding(widths[0], widths[1])
+    raise TypeError(f"cannot narrow a {type(layer).__name__}")
+
+
+def _fit_attributes(module: Any) -> None:
+    """Set what diffusers' blocks remember of their widths beside the layers themselves."""
+    kind = type(module).__name__
+    if kind in ("Upsample2D", "Downsample2D"):
+        conv = getattr(module, "conv", None) or getattr(module, "Conv2d_0", None)
+        if isinstance(conv, nn.Conv2d):  # some downsamplers hold an AvgPool2d, which has no width
+            module.channels, module.out_channels = conv.in_channels, conv.out_channels
+    elif kind == "ResnetBlock2D":
+        module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+        for resampler in (module.upsample, module.downsample):  # without a convolution, at the block's input
+            if isinstance(resampler, nn.Module):
+                resampler.channels = resampler.out_channels = module.in_channels
+    elif kind == "Attention":
+        module.inner_dim = module.inner_kv_dim = module.to_q.out_features
+        module.query_dim = module.to_q.in_features
+        module.out_dim = module.to_out[0].out_features
+        # Attention processors without scaled_dot_product_attention read this; the other kind computes the same.
+        module.scale = (module.inner_dim // module.heads) ** -0.5
+
+
+def widths(layer: nn.Module) -> list[int]:
+    """Return [in, out] or [width] of a layer, as `channels` has it. Raises TypeError for other kinds of modules."""
+    if isinstance(layer, nn.Conv2d):
+        return [layer.in_channels, layer.out_channels]
+    if isinstance(layer, nn.Linear):
+        return [layer.in_features, layer.out_features]
+    if isinstance(layer, nn.Embedding):
+        return [layer.num_embeddings, layer.embedding_dim]
+    if isinstance(layer, nn.GroupNorm):
+        return [layer.num_channels]
+    raise TypeError(f"a {type(layer).__name__} has no widths")

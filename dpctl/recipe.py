@@ -1,0 +1,170 @@
+"""The frozen recipes of every stage and their TOML, which maps onto them one to one (stdlib only)."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dpctl.errors import DpctlError
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class LoopRecipe:
+    """What the training loop needs, whether it trains from nothing or finetunes."""
+
+    data: str = "reference"
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 4e-4
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    ema_decay: float = 0.99
+    gradient_clip: float = 1.0
+    flip: bool = True
+    mixed_precision: str = "no"
+    checkpoint_every: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainRecipe(LoopRecipe):
+    """`dpctl train`: a UNet from random weights; `config` is a diffusers UNet config.json."""
+
+    config: str = "reference"
+    steps: int = 3000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    ema_decay: float = 0.999
+    checkpoint_every: int = 250
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(LoopRecipe):
+    """`dpctl finetune`: the teacher is the pruned model's parent unless named; weight 0 switches it off."""
+
+    teacher: str = "parent"
+    distillation: float = 1.0
+    from_scratch: bool = False
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """`dpctl prune`: exactly one of ratio, target_macs and target_params is set."""
+
+    criterion: str = "diff-pruning"
+    ratio: float | None = None
+    target_macs: float | None = None
+    target_params: float | None = None
+    threshold: float = 0.05
+    reduction: str = "sum-abs"
+    data: str = "reference"
+    images: int = 64
+    timesteps: int = 50
+    align: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """`dpctl export`: `batch` is (min, opt, max) of the UNet's batch."""
+
+    precision: str = "fp32"
+    batch: tuple[int, int, int] = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class BenchRecipe:
+    """`dpctl bench`: what is measured, how often, and with how many samples the quality is judged."""
+
+    baseline: str = "reference"
+    candidates: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ("eager", "ort")
+    batch_sizes: tuple[int, ...] = (1, 8)
+    num_inference_steps: tuple[int, ...] = (20,)
+    scheduler: str = "ddim"
+    rounds: int = 20
+    samples: int = 256
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class ChainRecipe:
+    """`dpctl run`: the whole chain of one model.
+
+    `scratch` adds the same slim architecture, trained from random weights by the same recipe, to the comparison. The
+    defaults are the demo's: about five minutes on two cores.
+    """
+
+    model: str = "reference"
+    scratch: bool = False
+    prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(target_macs=0.5))
+    finetune: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe(steps=100))
+    export: ExportRecipe = field(default_factory=ExportRecipe)
+    bench: BenchRecipe = field(default_factory=lambda: BenchRecipe(rounds=10, samples=256))
+
+
+def read_recipe(path: Path, kind: type[R]) -> R:
+    """Read a TOML file into a recipe; a DpctlError names an unknown or ill-typed entry."""
+    try:
+        with path.open("rb") as stream:
+            values = tomllib.load(stream)
+    except FileNotFoundError:
+        raise DpctlError("no such recipe", str(path), "give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise DpctlError("the recipe is not TOML", f"{path}: {problem}", "correct the file") from None
+    except OSError as problem:
+        raise DpctlError(
+            "the recipe cannot be read", f"{path}: {problem.strerror}", "give a readable TOML file"
+        ) from None
+    return from_dict(kind, values, str(path))
+
+
+def from_dict(kind: type[R], values: dict[str, Any], where: str) -> R:
+    """Build a recipe from plain values, strictly: no unknown names, no silent conversion but int to float."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise DpctlError(
+            "unknown entry in a recipe", f"{where}: {', '.join(unknown)}", f"known entries: {', '.join(hints)}"
+        )
+    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """Return a recipe as plain JSON values; None is left out, as TOML has no such value."""
+    return {name: value for name, value in _plain(dataclasses.asdict(recipe)).items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items() if inner is not None}
+    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type[Any], hint), value, where)
+    if isinstance(hint, types.UnionType):
+        inner = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        return _value(inner[0], value, where)
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        options = typing.get_args(hint)
+        if options[-1] is not Ellipsis and len(options) != len(value):
+            raise DpctlError(
+                "an entry of the recipe has the wrong length", f"{where} = {value!r}", f"give {len(options)} values"
+            )
+        return tuple(_value(options[0], inner, where) for inner in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise DpctlError(
+        "an entry of the recipe has the wrong type", f"{where} = {value!r}", f"give a value of type {wanted}"
+    )

@@ -1,0 +1,86 @@
+"""`dpctl sample`: images from any model or exported directory, as a grid and one PNG each."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dpctl import artifact, progress
+from dpctl.errors import DpctlError
+from dpctl.inspect import Report
+from dpctl.models import load_scheduler, resolve
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to draw, and how."""
+
+    count: int = 16
+    num_inference_steps: int = 50
+    scheduler: str = "ddim"
+    backend: str = "auto"
+    batch_size: int = 16
+    seed: int = 0
+
+
+def draw(model: str, out: Path, wish: Wish, *, force: bool = False, bar: progress.Bar = progress.no_bar) -> Report:
+    """Draw `wish.count` images into `out`: grid.png and 00000.png, 00001.png, ...
+
+    Image i depends on (seed, i) alone, not on the batch size. Raises a DpctlError for an unusable model or output.
+    """
+    if min(wish.count, wish.num_inference_steps, wish.batch_size) < 1:
+        raise DpctlError("a count is below 1", str(asdict(wish)), "give 1 or more")
+    artifact.refuse_existing(out, force=force)
+    images = sample_bytes(resolve(model), wish, bar)
+    with artifact.writing(out, force=force) as directory:
+        for index, image in enumerate(images):
+            picture(image).save(directory / f"{index:05d}.png")
+        picture(grid(images)).save(directory / "grid.png")
+    document = {"out": str(out), "model": model, **asdict(wish), "files": len(images) + 1}
+    return Report(document, [f"{len(images)} images and grid.png in {out}"])
+
+
+def sample_bytes(directory: Path, wish: Wish, bar: progress.Bar = progress.no_bar) -> Any:
+    """Draw images from a directory and return them as bytes [N, H, W, C]."""
+    import torch
+
+    from runtime import make_scheduler, open_denoiser, sample
+
+    manifest = artifact.read_manifest(directory)
+    exported = manifest is not None and manifest.kind == "exported"
+    backend = ("ort" if exported else "eager") if wish.backend == "auto" else wish.backend
+    scheduler = make_scheduler(wish.scheduler, load_scheduler(directory).config)
+    parts = []
+    with bar("sample", wish.count) as advance, open_denoiser(directory, backend) as denoiser:
+        for start in range(0, wish.count, wish.batch_size):
+            indices = range(start, min(start + wish.batch_size, wish.count))
+            steps = wish.num_inference_steps
+            parts.append(sample(denoiser, scheduler, seed=wish.seed, indices=indices, num_inference_steps=steps))
+            advance(len(indices))
+    return to_bytes(torch.cat(parts))
+
+
+def to_bytes(images: Any) -> Any:
+    """Turn images [N, C, H, W] in [-1, 1] into bytes [N, H, W, C]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: Any, columns: int | None = None) -> Any:
+    """Lay images [N, H, W, C] out in rows, with a border of one pixel; the last row is filled with white."""
+    import numpy as np
+
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def picture(pixels: Any) -> Any:
+    """Return bytes [H, W, C] as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])

@@ -1,0 +1,130 @@
+"""The UNet's I/O contract: tensor names, dtypes, axes and the batch range (stdlib only).
+
+An exported graph declares exactly these tensors; every engine is fed and checked by them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dpctl.errors import DpctlError
+
+BATCH = "batch"
+OUTPUT = "out_sample"
+DTYPES = ("float32", "int64")
+FAMILIES = ("UNet2DModel", "PrunedUNet2DModel")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output; an axis is a fixed size or the name of a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+    def at(self, batch: int) -> tuple[int, ...]:
+        """Return the concrete shape at a batch size."""
+        return tuple(batch if isinstance(axis, str) else axis for axis in self.shape)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs in the order of the graph, outputs, and (min, opt, max) of the batch axis."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    batch: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        low, best, high = self.batch
+        if not 1 <= low <= best <= high:
+            raise DpctlError(
+                "the batch range is not 1 <= min <= opt <= max",
+                f"{low},{best},{high}",
+                "give it as MIN,OPT,MAX, e.g. 1,8,64",
+            )
+
+    def input(self, name: str) -> Tensor:
+        """Return the input called `name`."""
+        return next(tensor for tensor in self.inputs if tensor.name == name)
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Return the batch size of inputs of these shapes; a DpctlError says what does not fit the contract."""
+        wanted = {tensor.name: tensor for tensor in self.inputs}
+        if shapes.keys() != wanted.keys():
+            raise DpctlError("the network takes other inputs", ", ".join(shapes), f"give exactly: {', '.join(wanted)}")
+        first = shapes[self.inputs[0].name]
+        batch = first[0] if first else 0
+        low, _, high = self.batch
+        if not low <= batch <= high:
+            raise DpctlError(
+                "the batch is outside the exported range",
+                f"{batch}; exported for {low} to {high}",
+                "use batches of that size, or export again with another --batch MIN,OPT,MAX",
+            )
+        for name, shape in shapes.items():
+            expected = wanted[name].at(batch)
+            if tuple(shape) != expected:
+                raise DpctlError(f"the input {name} has another shape", f"{list(shape)}", f"give {list(expected)}")
+        return batch
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the signature as plain JSON values."""
+        plain = asdict(self)
+        for tensor in (*plain["inputs"], *plain["outputs"]):
+            tensor["shape"] = list(tensor["shape"])
+        return {"inputs": list(plain["inputs"]), "outputs": list(plain["outputs"]), "batch": list(self.batch)}
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Signature":
+        """Read what `to_json` wrote, strictly: anything else is a DpctlError."""
+        try:
+            inputs, outputs = (tuple(_tensor(tensor) for tensor in values[side]) for side in ("inputs", "outputs"))
+            low, best, high = (_size(bound) for bound in values["batch"])
+            if not (inputs and outputs and len(values) == 3):
+                raise ValueError("entries missing or unknown")
+        except (KeyError, TypeError, ValueError) as problem:
+            got = f"{type(problem).__name__}: {problem}"
+            raise DpctlError("the artifact's signature cannot be read", got, "export the model again") from None
+        return cls(inputs, outputs, (low, best, high))
+
+
+def of_unet(config: Mapping[str, Any], batch: tuple[int, int, int] = (1, 8, 64)) -> Signature:
+    """Return the signature of a UNet2DModel (pruned or not) from its config.json.
+
+    `timestep` is float32, since schedulers such as Euler give fractional ones. Raises a DpctlError for an impossible
+    batch range and for a network whose inputs this contract does not name.
+    """
+    family, embedding, size = config.get("_class_name"), config.get("class_embed_type"), config.get("sample_size")
+    if family not in FAMILIES:
+        raise DpctlError(
+            "this kind of network cannot be exported yet", f"{family}", f"bring one of: {', '.join(FAMILIES)}"
+        )
+    if embedding is not None:
+        got = f"class_embed_type {embedding!r}"
+        raise DpctlError("this class embedding cannot be exported yet", got, "bring a model with num_class_embeds")
+    if not size:
+        raise DpctlError("the config names no sample size", f"sample_size {size!r}", "set it in unet/config.json")
+    height, width = (size, size) if isinstance(size, int) else size
+    inputs = [
+        Tensor("sample", "float32", (BATCH, config["in_channels"], height, width)),
+        Tensor("timestep", "float32", (BATCH,)),
+    ]
+    if config.get("num_class_embeds") is not None:
+        inputs.append(Tensor("class_labels", "int64", (BATCH,)))
+    output = Tensor(OUTPUT, "float32", (BATCH, config["out_channels"], height, width))
+    return Signature(tuple(inputs), (output,), batch)
+
+
+def _tensor(values: Any) -> Tensor:
+    name, dtype, shape = values["name"], values["dtype"], values["shape"]
+    if not (isinstance(name, str) and name and dtype in DTYPES and isinstance(shape, list) and len(values) == 3):
+        raise ValueError(f"not a tensor: {values}")
+    return Tensor(name, dtype, tuple(axis if isinstance(axis, str) and axis else _size(axis) for axis in shape))
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"not a size: {value!r}")
+    return value

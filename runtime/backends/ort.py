@@ -1,0 +1,165 @@
+"""ONNX Runtime over an exported directory: the processor, or a CUDA GPU, never the one in place of the other."""
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpctl import artifact
+from dpctl.artifact import Manifest
+from dpctl.errors import DpctlError
+from dpctl.models import read_config
+from dpctl.signature import Signature
+from runtime.denoiser import find_device, memory_used, synchronize
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+GRAPH = re.compile(r"unet/model\.\w+\.onnx")
+# As the graph declares them, for numpy's names (IO binding) and torch's.
+DECLARED = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+NUMPY = {"float32": np.float32, "int64": np.int64}
+TORCH = {"float32": torch.float32, "int64": torch.int64}
+
+
+class OrtDenoiser:
+    """A Denoiser over an ONNX Runtime session; inputs and output are torch's own memory, bound and not copied."""
+
+    def __init__(self, session: Any, signature: Signature, config: Any, device: torch.device) -> None:
+        self.device, self.dtype, self.config, self.signature = device, torch.float32, config, signature
+        self._session = session
+        self._binding = session.io_binding()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._binding, self._session
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        given = {"sample": sample, "timestep": timestep, **conditions}
+        batch = self.signature.check({name: value.shape for name, value in given.items()})
+        # `bound` keeps converted inputs alive until the run is over; a fitting input is bound where it lies.
+        bound = []
+        for wanted in self.signature.inputs:
+            value = given[wanted.name].to(self.device, TORCH[wanted.dtype]).contiguous()
+            self._binding.bind_input(wanted.name, *self._place(value, wanted.dtype))
+            bound.append(value)
+        output = self.signature.outputs[0]
+        result = torch.empty(output.at(batch), device=self.device)
+        self._binding.bind_output(output.name, *self._place(result, output.dtype))
+        # ONNX Runtime's own CUDA stream does not wait for torch's; the run itself ends synchronised.
+        synchronize(self.device)
+        self._session.run_with_iobinding(self._binding)
+        return result
+
+    def _place(self, value: Tensor, dtype: str) -> tuple[str, int, Any, list[int], int]:
+        return self.device.type, self.device.index or 0, NUMPY[dtype], list(value.shape), value.data_ptr()
+
+    def synchronize(self) -> None:
+        synchronize(self.device)
+
+    def memory(self) -> dict[str, int]:
+        return memory_used(self.device)
+
+
+def open_denoiser(directory: Path, *, threads: int | None = None, device: str | None = None) -> OrtDenoiser:
+    """Open an exported directory after checking it against its manifest.
+
+    Raises a DpctlError for a directory that was not exported, changed files, a missing library or provider, and a
+    graph that declares other tensors than the signature.
+    """
+    from diffusers.configuration_utils import FrozenDict
+
+    target = find_device(device)
+    onnxruntime = require(target.type)
+    manifest = _exported(directory)
+    artifact.verify_files(directory, manifest)
+    signature = Signature.from_json(manifest.signature)
+    session = _session(onnxruntime, _graph(directory, manifest), threads or torch.get_num_threads(), target)
+    _check_tensors(session, signature, directory)
+    return OrtDenoiser(session, signature, FrozenDict(read_config(directory)), target)
+
+
+def require(device: str = "cpu") -> ModuleType:
+    """Import ONNX Runtime; a DpctlError names the extra to install where it or its provider is missing."""
+    todo = f"pip install 'dpctl-diffusion[{EXTRAS[device]}]' (onnxruntime and onnxruntime-gpu exclude one another)"
+    try:
+        import onnxruntime
+    except ImportError as problem:
+        raise DpctlError("the ort backend needs ONNX Runtime", str(problem), todo) from None
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        got = ", ".join(onnxruntime.get_available_providers())
+        raise DpctlError(f"this ONNX Runtime has no {PROVIDERS[device]}", got, todo)
+    return onnxruntime
+
+
+def _exported(directory: Path) -> Manifest:
+    manifest = artifact.read_manifest(directory)
+    if manifest is None or manifest.kind != "exported" or manifest.signature is None:
+        kind = f"a {manifest.kind} model" if manifest is not None else "no dpctl.json"
+        raise DpctlError(
+            "the ort backend runs exported directories", f"{directory}: {kind}", "run `dpctl export` on it first"
+        )
+    return manifest
+
+
+def _graph(directory: Path, manifest: Manifest) -> Path:
+    graphs = [name for name in manifest.files if GRAPH.fullmatch(name)]
+    if len(graphs) != 1:
+        got = f"{directory}: {', '.join(graphs) or 'none'}"
+        raise DpctlError("an exported directory holds one ONNX graph", got, "export the model again")
+    return directory / graphs[0]
+
+
+def _session(onnxruntime: ModuleType, graph: Path, threads: int, device: torch.device) -> Any:
+    provider = PROVIDERS[device.type]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # float32 means float32: TF32 is a precision of its own.
+    settings = {"device_id": str(device.index or 0), "use_tf32": "0"} if device.type == "cuda" else {}
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=[(provider, settings)], enable_fallback=0)
+    except Exception as problem:  # its errors have no class in common
+        raise DpctlError(
+            "ONNX Runtime cannot load the graph",
+            f"{graph}: {str(problem).strip().splitlines()[0]}",
+            "export the model again",
+        ) from None
+    _check_placement(session, provider)
+    return session
+
+
+def _check_placement(session: Any, provider: str) -> None:
+    """Raise a DpctlError unless `provider` leads and, on a GPU, runs every convolution and product.
+
+    A missing CUDA library makes ONNX Runtime use the processor without an error. (Nodes that compute shapes belong
+    on the processor.)
+    """
+    todo = "mend the CUDA installation (`dpctl doctor`), or use the device cpu"
+    if session.get_providers()[0] != provider:
+        raise DpctlError(f"{provider} could not be used", f"providers {session.get_providers()}", todo)
+    for part in session.get_provider_graph_assignment_info() if provider != PROVIDERS["cpu"] else ():
+        heavy = [node.name for node in part.get_nodes() if node.op_type in ("Conv", "Gemm", "MatMul")]
+        if heavy and part.ep_name != provider:
+            raise DpctlError(
+                f"{provider} does not run the whole graph", f"{heavy[0]} was given to {part.ep_name}", todo
+            )
+
+
+def _check_tensors(session: Any, signature: Signature, directory: Path) -> None:
+    for declared, wanted in (
+        (session.get_inputs(), signature.inputs),
+        (session.get_outputs(), signature.outputs),
+    ):
+        found = [(tensor.name, tensor.type, tuple(tensor.shape)) for tensor in declared]
+        if found != [(tensor.name, DECLARED[tensor.dtype], tensor.shape) for tensor in wanted]:
+            got = f"{directory}: {found}"
+            raise DpctlError("the graph's tensors are not those of the signature", got, "export the model again")

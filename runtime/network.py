@@ -1,0 +1,19 @@
+"""The torch network behind the signature: float32 timesteps in, `out_sample` out."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """A UNet with the inputs and the output of `dpctl.signature`: what eager runs and what the exporter sees."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        # A learned time embedding is a table: it takes whole timesteps.
+        if self.unet.config.time_embedding_type == "learned":
+            timestep = timestep.long()
+        return self.unet(sample, timestep, class_labels=class_labels, return_dict=False)[0]

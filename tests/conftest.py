@@ -1,0 +1,96 @@
+"""What every test may use: a toy diffusion pipeline of real diffusers classes, and a few images that fit it.
+
+Everything here is small on purpose (a forward pass takes milliseconds) and the same on every run. Nothing reaches for
+the network.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+TOY_SIZE = 8
+TOY_CONFIG: dict[str, Any] = {
+    "sample_size": TOY_SIZE,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 16,
+    "norm_num_groups": 8,
+}
+
+
+def _toy_unet(seed: int = 0, **changed: Any) -> Any:
+    """Return a UNet2DModel of the toy's shape (or with `changed` config values) in eval mode.
+
+    Norms and biases are random too: at their initial ones and zeros many mistakes would not show.
+    """
+    import torch
+    from diffusers import UNet2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(**(TOY_CONFIG | changed))
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return unet.eval()
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., Any]:
+    """Return the function that makes a network of the toy's shape: `make_unet(seed, **changed_config)`."""
+    return _toy_unet
+
+
+@pytest.fixture(scope="session")
+def toy_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a DDPM pipeline as stock diffusers saves it. Shared: copy it before changing a file."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    directory = tmp_path_factory.mktemp("toy") / "pipeline"
+    scheduler = DDPMScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.2)
+    DDPMPipeline(_toy_unet(), scheduler).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An `.npz` of 48 images of 8x8 with one channel: soft bright spots on black, each somewhere else."""
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[:TOY_SIZE, :TOY_SIZE]
+    centres = generator.uniform(1, TOY_SIZE - 2, size=(48, 2, 1, 1))
+    distance = (rows - centres[:, 0]) ** 2 + (columns - centres[:, 1]) ** 2
+    path = tmp_path_factory.mktemp("toy") / "images.npz"
+    np.savez_compressed(path, images=np.uint8(255 * np.exp(-distance / 4)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def _loaded_toy(toy_pipeline: Path) -> Any:
+    from dpctl.models import load_model
+
+    return load_model(toy_pipeline)
+
+
+@pytest.fixture
+def toy_model(_loaded_toy: Any) -> Any:
+    """The toy as `load_model` gives it; a copy for every test."""
+    return copy.deepcopy(_loaded_toy)
+
+
+@pytest.fixture
+def toy_unet(toy_model: Any) -> Any:
+    """The network of `toy_model`."""
+    return toy_model.unet

@@ -1,0 +1,179 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from dpctl import artifact
+from dpctl.errors import DpctlError, GateError
+from dpctl.models import load_model, read_config
+from dpctl.signature import Signature, of_unet
+from export import export_model, to_onnx, verify
+from runtime import open_denoiser, sample
+from runtime.network import Network
+
+GRAPH = "unet/model.fp32.onnx"
+
+
+@pytest.fixture
+def instant(plain_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an export of `plain` copy the graph that was made before."""
+
+    def copy(network: Any, signature: Signature, path: Path, properties: dict[str, str]) -> None:
+        shutil.copyfile(plain_exported / GRAPH, path)
+
+    monkeypatch.setattr(to_onnx, "write_graph", copy)
+
+
+def files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_directory_is_a_runnable_pipeline_and_nothing_else(plain: Any, plain_exported: Path) -> None:
+    assert files(plain_exported) == {
+        "dpctl.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/golden.safetensors",
+        GRAPH,
+    }
+    assert read_config(plain_exported) == read_config(plain.directory)
+    with open_denoiser(plain_exported, "ort") as denoiser:
+        assert sample(denoiser, plain.scheduler, seed=0, indices=[0], num_inference_steps=2).shape == (1, 1, 8, 8)
+
+
+def test_the_manifest_names_the_parent_the_signature_and_the_parity(plain: Any, plain_exported: Path) -> None:
+    manifest = artifact.read_manifest(plain_exported)
+    assert manifest is not None
+    assert (manifest.kind, manifest.parent) == ("exported", plain.digest)
+    assert manifest.lineage[-1]["digest"] == plain.digest
+    assert Signature.from_json(manifest.signature) == of_unet(read_config(plain.directory), (1, 2, 4))
+    assert manifest.recipe == {"precision": "fp32", "batch": [1, 2, 4]}
+    assert manifest.stats["params"] == sum(parameter.numel() for parameter in plain.unet.parameters())
+    assert manifest.stats["bytes"] == (plain_exported / GRAPH).stat().st_size
+    parity = manifest.parity or {}
+    assert (parity["verdict"], parity["opset"], parity["batch_sizes"]) == ("passed", to_onnx.OPSET, [1, 4])
+    artifact.verify_files(plain_exported, manifest)
+
+
+def test_the_graph_declares_the_signature_and_says_what_it_came_from(plain: Any, plain_exported: Path) -> None:
+    model = onnx.load(plain_exported / GRAPH)
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    signature = Signature.from_json(json.loads(told["signature"]))
+    assert told["parent_digest"] == plain.digest
+    assert told["dpctl_version"]
+    assert [value.name for value in model.graph.input] == [tensor.name for tensor in signature.inputs]
+    assert [value.name for value in model.graph.output] == ["out_sample"]
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [to_onnx.OPSET]
+    for value in (*model.graph.input, *model.graph.output):
+        axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        assert axes[0] == "batch"
+        assert all(isinstance(axis, int) for axis in axes[1:])
+
+
+def test_the_graph_tells_nothing_of_this_machine(plain_exported: Path) -> None:
+    data = (plain_exported / GRAPH).read_bytes()
+    assert b"stack_trace" not in data
+    assert b"site-packages" not in data
+    assert str(Path(__file__).parent.parent.parent).encode() not in data
+
+
+def test_the_same_model_gives_the_same_graph_without_a_word(
+    plain: Any, plain_exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: Any
+) -> None:
+    signature = of_unet(read_config(plain.directory), (1, 2, 4))
+    to_onnx.write_graph(Network(plain.unet).eval(), signature, tmp_path / "again", {"parent_digest": plain.digest})
+    assert (tmp_path / "again").read_bytes() == (plain_exported / GRAPH).read_bytes()
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+def test_exporting_leaves_the_model_as_it_was(plain: Any, plain_exported: Path) -> None:
+    fresh = load_model(plain.directory).unet.state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in plain.unet.state_dict().items())
+
+
+def test_a_pruned_class_conditional_model_exports_alike(pruned: Any, pruned_exported: Path) -> None:
+    manifest = artifact.read_manifest(pruned_exported)
+    assert manifest is not None
+    assert (manifest.parity or {})["verdict"] == "passed"
+    assert not (pruned_exported / "unet" / "pruned_unet.py").exists()
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 7.0, 99.0]), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        expected = pruned.unet(*inputs).sample
+    with open_denoiser(pruned_exported, "ort") as denoiser:
+        found = denoiser(inputs[0], inputs[1], class_labels=inputs[2])
+        drawn = sample(denoiser, pruned.scheduler, seed=0, indices=range(4), num_inference_steps=2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert drawn.shape == (4, 1, 8, 8)
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_bare_unet_becomes_a_pipeline(plain: Any, tmp_path: Path) -> None:
+    shutil.copytree(plain.directory / "unet", tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    del config["num_class_embeds"], config["time_embedding_type"]  # a hand-written config leaves defaults out
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    export_model(load_model(tmp_path / "bare"), tmp_path / "out", batch=(1, 2, 4))
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").is_file()
+    with open_denoiser(tmp_path / "out", "ort") as denoiser:
+        assert denoiser.config.time_embedding_type == "positional"
+        assert sample(denoiser, plain.scheduler, seed=0, indices=[0], num_inference_steps=1).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.usefixtures("instant")
+def test_an_existing_output_is_replaced_by_force_only(plain: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(DpctlError, match="--force"):
+        export_model(plain, out)
+    assert files(out) == {"mine.txt"}
+    export_model(plain, out, force=True)
+    assert "mine.txt" not in files(out)
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_breach_of_tolerance_leaves_no_directory(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = to_onnx.golden_of
+
+    def wrong(*args: Any) -> dict[str, Any]:
+        golden = right(*args)
+        golden["out_sample"][3] *= 1.001
+        return golden
+
+    monkeypatch.setattr(to_onnx, "golden_of", wrong)
+    with pytest.raises(GateError, match="tolerance") as caught:
+        export_model(plain, tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"precision": "fp8"}, "choose one of: fp32"),
+        ({"batch": (4, 2, 1)}, "MIN,OPT,MAX"),
+        ({"batch": (0, 1, 1)}, "MIN,OPT,MAX"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_at_once(
+    plain: Any, tmp_path: Path, kwargs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DpctlError, match=words):
+        export_model(plain, tmp_path / "out", **kwargs)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("instant")
+def test_every_file_is_as_readable_as_the_next(plain: Any, tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("")
+    export_model(plain, tmp_path / "out")
+    golden = tmp_path / "out" / verify.GOLDEN
+    assert golden.stat().st_mode == (tmp_path / "probe").stat().st_mode

@@ -1,0 +1,183 @@
+"""What DepGraph's groups are taken to mean, and what planning is told of the network."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from dpctl import cost
+from dpctl.prune.groups import ChannelGroup, Groups, find_groups
+from dpctl.prune.network import describe
+from dpctl.prune.plan import select, uniform
+from dpctl.prune.surgery import kept_indices, slim
+from dpctl.pruned_unet import PrunedUNet2DModel
+
+# FIELD: the paper's CIFAR-10 network.
+CIFAR = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "act_fn": "silu",
+    "downsample_padding": 0,
+}
+
+
+@pytest.fixture
+def groups(toy_unet: Any) -> Groups:
+    return find_groups(toy_unet)
+
+
+def by_name(groups: Groups) -> dict[str, ChannelGroup]:
+    return {group.name: group for group in groups.prunable}
+
+
+def sides(groups: Groups) -> Iterator[tuple[str, str]]:
+    for group in groups.prunable:
+        for member in group.members:
+            yield f"{member.module}.{member.side}", group.name
+
+
+def test_every_width_belongs_to_a_group_but_those_of_input_and_output(toy_unet: Any, groups: Groups) -> None:
+    covered = {key for key, _ in sides(groups)}
+    layers = {n: m for n, m in toy_unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm))}
+    expected = {f"{n}.out" for n in layers} | {f"{n}.in" for n, m in layers.items() if not isinstance(m, nn.GroupNorm)}
+    # The image's channels on both ends, and the sinusoid of the timestep, whose width is block_out_channels[0].
+    assert expected - covered == {"conv_in.in", "conv_out.out", "time_embedding.linear_1.in"}
+    assert covered <= expected
+    assert groups.left_alone == {"conv_out": "it is the network's output"}
+
+
+def test_a_side_is_filled_once(toy_unet: Any, groups: Groups) -> None:
+    filled: dict[str, list[int]] = {}
+    for group in groups.prunable:
+        for member in group.members:
+            filled.setdefault(f"{member.module}.{member.side}", []).extend(member.index)
+    for key, positions in filled.items():
+        name, _, side = key.rpartition(".")
+        layer = toy_unet.get_submodule(name)
+        width = layer.weight.shape[1 if side == "in" else 0]
+        assert sorted(positions) == list(range(width)), key
+
+
+def test_segments_are_norm_groups_and_heads(toy_unet: Any, groups: Groups) -> None:
+    found = by_name(groups)
+    assert found["conv_in"].segments == toy_unet.config.norm_num_groups
+    assert found["time_embedding.linear_1"].segments == 1
+    inner = [g for name, g in found.items() if ".attentions." in name]
+    assert [(g.width, g.segments) for g in inner] == [(64, 4)] * 4  # 64 channels, heads of 16
+    for group in inner:
+        attention = group.name.rpartition(".")[0]
+        members = {f"{m.module}.{m.side}" for m in group.members}
+        wanted = {f"{attention}.{side}" for side in ("to_q.out", "to_k.out", "to_v.out", "to_out.0.in")}
+        assert members == wanted
+    assert all(g.width % g.segments == 0 for g in groups.prunable)
+
+
+def test_a_tensor_concatenated_with_itself_counts_twice(groups: Groups) -> None:
+    group = by_name(groups)["down_blocks.1.resnets.0.conv_shortcut"]
+    twice = next(m for m in group.members if m.module == "up_blocks.0.resnets.0.conv1" and m.side == "in")
+    assert len(twice.index) == 2 * group.width
+    assert sorted(twice.channel) == sorted(list(range(group.width)) * 2)
+
+
+def test_looking_changes_nothing(toy_unet: Any) -> None:
+    before = {name: value.clone() for name, value in toy_unet.state_dict().items()}
+    describe(toy_unet, find_groups(toy_unet))
+    after = toy_unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not toy_unet.training
+    assert all(parameter.grad is None for parameter in toy_unet.parameters())
+    assert not any(module._forward_hooks for module in toy_unet.modules())
+
+
+def test_the_same_network_gives_the_same_groups(toy_unet: Any, groups: Groups) -> None:
+    assert find_groups(toy_unet) == groups
+
+
+def test_scale_and_shift_from_one_layer_are_left_alone(make_unet: Callable[..., Any]) -> None:
+    # DepGraph ties the norm to the shift's half of time_emb_proj only: half a group cannot be cut.
+    found = find_groups(make_unet(resnet_time_scale_shift="scale_shift"))
+    reasons = {n: why for n, why in found.left_alone.items() if n.endswith("time_emb_proj")}
+    assert len(reasons) == 8
+    assert set(reasons.values()) == {"a layer has only some of its channels"}
+
+
+def test_a_bare_parameter_is_left_alone(toy_unet: Any) -> None:
+    # A module with a bare parameter coupled to conv_in: DepGraph cannot say which slice belongs to which channel.
+    class Scaled(nn.Module):
+        def __init__(self, conv: nn.Module) -> None:
+            super().__init__()
+            self.conv, self.gain = conv, nn.Parameter(torch.ones(1, 32, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) * self.gain
+
+    toy_unet.conv_in = Scaled(toy_unet.conv_in)
+    found = find_groups(toy_unet)
+    assert found.left_alone["conv_in.conv"] == "a bare parameter is coupled to it"
+    assert "conv_in.conv" not in by_name(found)
+
+
+# --- the price ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6])
+def test_the_price_is_the_slim_networks(toy_unet: Any, groups: Groups, ratio: float) -> None:
+    network = describe(toy_unet, groups)
+    scores = {span.name: torch.rand(span.width).tolist() for span in network.spans}
+    plan = select(network, scores, uniform(network, ratio, 1))
+    small = slim(toy_unet, kept_indices(toy_unet, groups, plan))
+    counted = cost.stats(small)
+    assert network.cost("params", plan.widths()) == counted["params"] == sum(p.numel() for p in small.parameters())
+    assert network.cost("macs", plan.widths()) == counted["macs"]
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_the_papers_cifar_network_at_ratio_three_tenths(align: int) -> None:
+    # Table 1 of the paper: 35.7M and 6.1G become 19.8512M and 3.3928G. On the meta device nothing is computed.
+    with torch.device("meta"):
+        unet = UNet2DModel(**CIFAR).eval()
+    groups = find_groups(unet)
+    network = describe(unet, groups)
+    assert network.cost("params", network.full()) == pytest.approx(35.7463e6, rel=1e-5)
+    assert network.cost("macs", network.full()) == pytest.approx(6.1e9, rel=0.01)
+    widths = uniform(network, 0.3, align)
+    assert {(span.width, widths[span.name]) for span in network.spans if span.segments == 32} == {(128, 96), (256, 192)}
+    assert network.cost("params", widths) == pytest.approx(19.8512e6, rel=0.01)
+    assert network.cost("macs", widths) == pytest.approx(3.3928e9, rel=0.01)
+
+    # The price is what the slim network counts.
+    scores = {span.name: [1.0] * span.width for span in network.spans}
+    kept = kept_indices(unet, groups, select(network, scores, widths))
+    shapes = slim_shapes(unet, kept)
+    with torch.device("meta"):
+        small = PrunedUNet2DModel(base_config=dict(unet.config), channels=shapes).eval()
+    assert cost.stats(small)["params"] == network.cost("params", widths)
+    assert cost.stats(small)["macs"] == network.cost("macs", widths)
+
+
+def slim_shapes(unet: Any, kept: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Return the widths that are left, read off the layers' weights and not by the code under test."""
+    shapes = {}
+    for name in {key.rpartition(".")[0] for key in kept}:
+        layer = unet.get_submodule(name)
+        out, *rest = layer.weight.shape
+        widths = [rest[0], out] if rest else [out]
+        if f"{name}.in" in kept:
+            widths[0] = len(kept[f"{name}.in"])
+        if f"{name}.out" in kept:
+            widths[-1] = len(kept[f"{name}.out"])
+        shapes[name] = widths
+    return shapes

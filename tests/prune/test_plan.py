@@ -1,0 +1,210 @@
+"""The plan: which widths are allowed, which channels stay, and how a target is met."""
+
+import math
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dpctl.errors import DpctlError
+from dpctl.prune.plan import Layer, Network, Side, Span, best, select, uniform, width_at, widths_for_target
+
+spans = st.builds(
+    lambda segments, part: Span("a", segments * part, segments),
+    st.sampled_from([1, 2, 3, 4, 8, 32]),
+    st.integers(1, 12),
+)
+aligns = st.sampled_from([1, 2, 3, 8, 16])
+ratios = st.floats(0.0, 1.0)
+measures = st.sampled_from(["macs", "params"])
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    """A chain of layers, each from one group to the next, with a skip connection now and then and a norm each."""
+    drawn = draw(st.lists(spans, min_size=1, max_size=4))
+    groups = [Span(f"g{i}", span.width, span.segments) for i, span in enumerate(drawn)]
+    layers, before = [], Side(draw(st.integers(1, 4)))
+    for i, span in enumerate(groups):
+        here = Side(0, {span.name: 1})
+        layers.append(Layer(f"conv{i}", draw(st.integers(1, 64)), draw(st.sampled_from([1, 9])), before, here, 1))
+        layers.append(Layer(f"norm{i}", 0, 0, Side(0), here, 2))
+        skipped = draw(st.sampled_from([None, *(s.name for s in groups[: i + 1])]))
+        repeats = {span.name: 1}
+        if skipped is not None:
+            repeats[skipped] = repeats.get(skipped, 0) + 1
+        before = Side(0, repeats)
+    layers.append(Layer("out", draw(st.integers(1, 64)), 9, before, Side(3), 1))
+    return Network(tuple(groups), tuple(layers))
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[Network, dict[str, list[float]]]:
+    network = draw(networks())
+    value = st.floats(0.0, 10.0)
+    return network, {
+        span.name: draw(st.lists(value, min_size=span.width, max_size=span.width)) for span in network.spans
+    }
+
+
+def allowed(span: Span, width: int, align: int) -> bool:
+    step = math.lcm(span.segments, align)
+    return width == span.width or (0 < width < span.width and width % step == 0)
+
+
+# --- widths ------------------------------------------------------------------------------------------------------
+
+
+@given(spans, ratios, aligns)
+def test_a_width_is_a_multiple_of_segments_and_alignment_or_the_full_one(span: Span, ratio: float, align: int) -> None:
+    assert allowed(span, width_at(span, ratio, align), align)
+
+
+@given(spans, ratios, ratios, aligns)
+def test_a_larger_ratio_never_leaves_more(span: Span, one: float, other: float, align: int) -> None:
+    low, high = sorted((one, other))
+    assert width_at(span, high, align) <= width_at(span, low, align)
+
+
+@given(spans, aligns)
+def test_ratio_zero_keeps_everything(span: Span, align: int) -> None:
+    assert width_at(span, 0.0, align) == span.width
+
+
+@given(spans, st.integers(0, 99), aligns)
+def test_no_more_goes_than_was_asked(span: Span, percent: int, align: int) -> None:
+    # In whole numbers: no rounding of the test's own.
+    assert 100 * (span.width - width_at(span, percent / 100, align)) <= percent * span.width
+
+
+@pytest.mark.parametrize(
+    ("width", "segments", "ratio", "align", "left"),
+    [
+        (128, 32, 0.3, 1, 96),  # the paper's CIFAR-10 network: a quarter goes from 32 norm groups of 4 ...
+        (256, 32, 0.3, 1, 192),  # ... and of 8
+        (512, 1, 0.3, 1, 359),  # its time embedding follows the raw ratio
+        (512, 1, 0.3, 8, 360),
+        (256, 1, 0.3, 16, 192),
+        (10, 1, 0.3, 1, 7),  # 0.3 * 10 is 3, whatever floating point says
+        (100, 1, 0.29, 1, 71),
+        (12, 4, 0.5, 8, 8),  # lcm(4, 8) = 8
+        (24, 8, 0.9, 16, 16),  # lcm(8, 16) = 16: nothing below
+        (4, 4, 0.9, 8, 4),  # one step is more than there is
+    ],
+)
+def test_the_staircase(width: int, segments: int, ratio: float, align: int, left: int) -> None:
+    assert width_at(Span("a", width, segments), ratio, align) == left
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------
+
+
+@given(scored(), ratios, aligns)
+def test_equally_many_channels_stay_in_each_segment_and_they_are_its_best(
+    drawn: tuple[Network, dict[str, list[float]]], ratio: float, align: int
+) -> None:
+    network, scores = drawn
+    widths = uniform(network, ratio, align)
+    plan = select(network, scores, widths)
+    assert plan.widths() == widths
+    for span in network.spans:
+        kept, part = plan.keep[span.name], span.width // span.segments
+        assert list(kept) == sorted(set(kept))
+        for start in range(0, span.width, part):
+            inside = [c for c in kept if start <= c < start + part]
+            gone = [c for c in range(start, start + part) if c not in inside]
+            assert len(inside) == widths[span.name] // span.segments
+            values = scores[span.name]
+            assert min(values[c] for c in inside) >= max((values[c] for c in gone), default=0.0)
+
+
+@given(spans, st.data())
+def test_permuting_the_channels_of_a_segment_permutes_the_choice(span: Span, data: st.DataObject) -> None:
+    part = span.width // span.segments
+    values = data.draw(st.permutations(range(span.width)))  # all different: no ties
+    order = [start + i for start in range(0, span.width, part) for i in data.draw(st.permutations(range(part)))]
+    width = span.segments * data.draw(st.integers(1, part))
+    permuted = best(span, [values[i] for i in order], width)
+    assert sorted(order[i] for i in permuted) == list(best(span, values, width))
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert best(Span("a", 6, 2), [1.0] * 6, 4) == (0, 1, 3, 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
+    network = Network((Span("a", 2, 1),), ())
+    with pytest.raises(DpctlError, match="not finite.*\n.*group a"):
+        select(network, {"a": [1.0, bad]}, {"a": 1})
+
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+
+@given(networks(), ratios, ratios, aligns, measures)
+def test_cost_falls_with_the_ratio(network: Network, one: float, other: float, align: int, measure: str) -> None:
+    low, high = sorted((one, other))
+    assert network.cost(measure, uniform(network, high, align)) <= network.cost(measure, uniform(network, low, align))
+
+
+@settings(max_examples=200)
+@given(scored(), st.floats(0.01, 0.999), aligns, measures)
+def test_a_target_is_met_and_nothing_more_fits(
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str
+) -> None:
+    network, scores = drawn
+    budget = fraction * network.cost(measure, network.full())
+    assume(network.cost(measure, uniform(network, 1.0, align)) <= budget)
+    widths = widths_for_target(network, scores, measure, budget, align)
+    assert network.cost(measure, widths) <= budget
+    for span in network.spans:
+        assert allowed(span, widths[span.name], align)
+        wider = span.wider(widths[span.name], align)
+        assert wider == widths[span.name] or network.cost(measure, widths | {span.name: wider}) > budget
+
+
+@given(scored(), st.floats(0.01, 0.999), aligns, measures)
+def test_a_target_is_reached_exactly_when_the_floor_allows(
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str
+) -> None:
+    network, scores = drawn
+    whole, floor = (network.cost(measure, uniform(network, ratio, align)) for ratio in (0.0, 1.0))
+    if fraction * whole >= floor:
+        widths_for_target(network, scores, measure, fraction * whole, align)
+        return
+    with pytest.raises(DpctlError, match=f"cannot be reached\n.*the floor with align {align} is {floor} "):
+        widths_for_target(network, scores, measure, fraction * whole, align)
+
+
+def two_groups(first: int, second: int) -> Network:
+    """Two independent layers of 8 channels each; a channel of them costs `first` and `second` MACs."""
+    sides = {name: Side(0, {name: 1}) for name in "ab"}
+    layers = (Layer("a", first, 1, Side(1), sides["a"], 0), Layer("b", second, 1, Side(1), sides["b"], 0))
+    return Network((Span("a", 8, 1), Span("b", 8, 1)), layers)
+
+
+EVEN = [1.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("network", "scores", "budget", "widths"),
+    [
+        # Five of each fit, and one more: of the group whose sixth matters more ...
+        (two_groups(1, 1), {"a": [9.0] * 5 + [1.0] * 3, "b": [9.0] * 6 + [1.0] * 2}, 11, {"a": 5, "b": 6}),
+        # ... of the one where they are cheaper ...
+        (two_groups(1, 2), {"a": EVEN, "b": EVEN}, 14, {"a": 6, "b": 4}),
+        # ... and of the other where the cheaper one is full.
+        (two_groups(1, 4), {"a": EVEN, "b": EVEN}, 38, {"a": 8, "b": 7}),
+    ],
+)
+def test_what_is_left_goes_where_it_is_worth_most(
+    network: Network, scores: Mapping[str, list[float]], budget: float, widths: dict[str, int]
+) -> None:
+    assert widths_for_target(network, scores, "macs", budget, 1) == widths
+
+
+def test_a_target_that_the_model_meets_is_refused() -> None:
+    with pytest.raises(DpctlError, match="meets the target already"):
+        widths_for_target(two_groups(1, 1), {"a": EVEN, "b": EVEN}, "macs", 16, 1)

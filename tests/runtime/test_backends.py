@@ -1,0 +1,140 @@
+"""What every backend promises: one test per promise, over the folder of backends."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runtime
+from dpctl import registry
+from dpctl.errors import DpctlError
+from dpctl.models import load_model
+
+NAMES = registry.names(runtime.BACKENDS)
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def directory(backend: str, model_directory: Path, exported_directory: Path) -> Path:
+    return model_directory if backend == "eager" else exported_directory
+
+
+def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 1, 8, 8, generator=generator), torch.linspace(0.5, 99, batch)
+
+
+def test_the_names_are_the_files() -> None:
+    assert set(NAMES) >= {"eager", "ort"}
+
+
+def test_a_backend_has_the_documented_door(backend: str) -> None:
+    door = registry.load(runtime.BACKENDS, backend, "backend").open_denoiser
+    assert list(inspect.signature(door).parameters) == ["directory", "threads", "device"]
+
+
+def test_it_gives_what_torch_gives(backend: str, directory: Path, model_directory: Path) -> None:
+    sample, timestep = inputs()
+    with torch.no_grad():
+        expected = load_model(model_directory).unet(sample, timestep).sample
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        found = denoiser(sample, timestep)
+        denoiser.synchronize()
+    assert found.dtype == denoiser.dtype == torch.float32
+    assert found.device == denoiser.device
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_belongs_to_the_caller(backend: str, directory: Path) -> None:
+    sample, timestep = inputs()
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        first = denoiser(sample, timestep)
+        kept = first.clone()
+        denoiser(2 * sample, timestep)
+    assert torch.equal(first, kept)
+
+
+def test_inputs_are_not_changed_and_need_not_be_contiguous(backend: str, directory: Path) -> None:
+    sample, timestep = inputs()
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        expected = denoiser(sample, timestep)
+        turned = sample.transpose(2, 3).contiguous().transpose(2, 3)
+        assert not turned.is_contiguous()
+        torch.testing.assert_close(denoiser(turned, timestep.double().float()), expected, rtol=0, atol=1e-6)
+    assert torch.equal(sample, inputs()[0])
+
+
+def test_changing_batch_sizes_give_the_same_rows(backend: str, directory: Path) -> None:
+    sample, timestep = inputs(4)
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        together = denoiser(sample, timestep)
+        for size in (1, 3, 2):
+            torch.testing.assert_close(denoiser(sample[:size], timestep[:size]), together[:size], rtol=1e-4, atol=1e-5)
+
+
+def test_it_knows_its_config_and_its_memory(backend: str, directory: Path) -> None:
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        assert (denoiser.config.in_channels, denoiser.config.sample_size) == (1, 8)
+        used = denoiser.memory()
+    assert 0 < used["resident_bytes"] <= used["peak_resident_bytes"]
+
+
+def test_it_samples_what_eager_samples(backend: str, directory: Path, model_directory: Path) -> None:
+    scheduler = load_model(model_directory).scheduler
+
+    def drawn(path: Path, name: str, batch: int) -> torch.Tensor:
+        with runtime.open_denoiser(path, name) as denoiser:
+            parts = [
+                runtime.sample(denoiser, scheduler, seed=1, indices=range(i, i + batch), num_inference_steps=5)
+                for i in range(0, 4, batch)
+            ]
+        return torch.cat(parts)
+
+    expected = drawn(model_directory, "eager", 4)
+    for batch in (1, 2, 4):
+        torch.testing.assert_close(drawn(directory, backend, batch), expected, rtol=0, atol=1e-4)
+
+
+def test_an_unknown_backend_is_refused_with_a_hint(model_directory: Path) -> None:
+    with pytest.raises(DpctlError, match="did you mean eager"):
+        runtime.open_denoiser(model_directory, "eagr")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"threads": 0}, "give 1 or more"),
+        ({"device": "tpu9"}, "use cpu, cuda"),
+        ({"device": "meta"}, "use cpu, cuda"),
+        ({"device": "cuda:99"}, "no such GPU"),
+    ],
+)
+def test_what_this_machine_has_not_is_a_clean_error(
+    backend: str, directory: Path, kwargs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DpctlError, match=words):
+        runtime.open_denoiser(directory, backend, **kwargs)
+
+
+def test_a_directory_of_the_other_kind_is_refused(model_directory: Path, exported_directory: Path) -> None:
+    with pytest.raises(DpctlError, match="exported"):
+        runtime.open_denoiser(exported_directory, "eager")
+    for name in NAMES:
+        if name != "eager":
+            with pytest.raises(DpctlError, match="dpctl export"):
+                runtime.open_denoiser(model_directory, name)
+
+
+def test_eager_sets_the_threads_that_were_asked_for(model_directory: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        with runtime.open_denoiser(model_directory, threads=3):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

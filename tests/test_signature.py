@@ -1,0 +1,107 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpctl.errors import DpctlError
+from dpctl.signature import DTYPES, Signature, Tensor, of_unet
+
+CONFIG: dict[str, Any] = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 2}
+
+axes = st.one_of(st.text(min_size=1), st.integers(1, 10**6))
+tensors = st.builds(Tensor, st.text(min_size=1), st.sampled_from(DTYPES), st.lists(axes, max_size=5).map(tuple))
+sides = st.lists(tensors, min_size=1, max_size=4).map(tuple)
+batches = st.lists(st.integers(1, 10**6), min_size=3, max_size=3).map(lambda three: tuple(sorted(three)))
+
+
+@given(st.builds(Signature, sides, sides, batches))
+def test_json_gives_the_same_signature_back(signature: Signature) -> None:
+    assert Signature.from_json(json.loads(json.dumps(signature.to_json()))) == signature
+
+
+def test_an_unconditional_unet_takes_sample_and_timestep() -> None:
+    signature = of_unet(CONFIG, (1, 2, 4))
+    assert signature.inputs == (
+        Tensor("sample", "float32", ("batch", 1, 8, 8)),
+        Tensor("timestep", "float32", ("batch",)),
+    )
+    assert signature.outputs == (Tensor("out_sample", "float32", ("batch", 2, 8, 8)),)
+    assert signature.batch == (1, 2, 4)
+
+
+def test_a_class_conditional_pruned_unet_also_takes_labels() -> None:
+    signature = of_unet(CONFIG | {"_class_name": "PrunedUNet2DModel", "num_class_embeds": 10, "sample_size": [8, 12]})
+    assert signature.input("class_labels") == Tensor("class_labels", "int64", ("batch",))
+    assert signature.input("sample").at(3) == (3, 1, 8, 12)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"_class_name": "UNet2DConditionModel"},
+        {"_class_name": None},
+        {"class_embed_type": "timestep"},
+        {"class_embed_type": "identity"},
+        {"sample_size": None},
+    ],
+)
+def test_a_network_that_the_contract_does_not_name_is_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(DpctlError):
+        of_unet(CONFIG | changed)
+
+
+@pytest.mark.parametrize("batch", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
+def test_an_impossible_batch_range_is_refused(batch: tuple[int, int, int]) -> None:
+    with pytest.raises(DpctlError, match="MIN,OPT,MAX"):
+        of_unet(CONFIG, batch)
+
+
+def test_check_returns_the_batch_of_fitting_shapes() -> None:
+    assert of_unet(CONFIG, (2, 2, 4)).check({"sample": (3, 1, 8, 8), "timestep": (3,)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"sample": (5, 1, 8, 8), "timestep": (5,)}, "exported for 2 to 4"),
+        ({"sample": (1, 1, 8, 8), "timestep": (1,)}, "exported for 2 to 4"),
+        ({"sample": (), "timestep": (2,)}, "exported for 2 to 4"),
+        ({"sample": (2, 3, 8, 8), "timestep": (2,)}, r"give \[2, 1, 8, 8\]"),
+        ({"sample": (2, 1, 8, 8), "timestep": (1,)}, r"give \[2\]"),
+        ({"sample": (2, 1, 8, 8), "timestep": ()}, r"give \[2\]"),
+        ({"sample": (2, 1, 8, 8)}, "give exactly: sample, timestep"),
+        ({"sample": (2, 1, 8, 8), "timestep": (2,), "class_labels": (2,)}, "give exactly: sample, timestep"),
+    ],
+)
+def test_check_says_what_does_not_fit(shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(DpctlError, match=words):
+        of_unet(CONFIG, (2, 2, 4)).check(shapes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": []},
+        {"inputs": None},
+        {"batch": [1, 2]},
+        {"batch": [1, 2, 2.5]},
+        {"batch": [True, 2, 3]},
+        {"batch": [3, 2, 1]},
+        {"extra": 1},
+        {"outputs": [{"name": "x", "dtype": "float32"}]},
+        {"outputs": [{"name": "x", "dtype": "float8", "shape": [1]}]},
+        {"outputs": [{"name": "x", "dtype": "float32", "shape": [0]}]},
+        {"outputs": [{"name": "x", "dtype": "float32", "shape": "batch"}]},
+    ],
+)
+def test_what_is_no_signature_is_a_clean_error(change: dict[str, Any]) -> None:
+    with pytest.raises(DpctlError):
+        Signature.from_json(of_unet(CONFIG).to_json() | change)
+
+
+@pytest.mark.parametrize("values", [None, [], "text", {}])
+def test_what_is_no_object_is_a_clean_error(values: Any) -> None:
+    with pytest.raises(DpctlError):
+        Signature.from_json(values)
