@@ -73,7 +73,8 @@ bench: $(STAMP) ## measure the demo's models again
 reference: $(STAMP) ## make the embedded reference again (hours; needs Debian's dataset-fashion-mnist); continues after a stop
 	$(BIN)/python -m dpctl.reference.make images
 	$(BIN)/python -m dpctl.reference.make features
-	$(BIN)/dpctl train --data build/reference/train.npz --out build/reference/model --resume
+	$(BIN)/dpctl train --data build/reference/train.npz --steps 4000 --mixed-precision bf16 \
+		--out build/reference/model --resume
 	$(BIN)/python -m dpctl.reference.make install build/reference/model
 
 clean: ## remove caches and what the demo wrote

@@ -10,10 +10,13 @@ import typer
 from dpctl import progress
 from dpctl.errors import DpctlError
 from dpctl.recipe import (
+    BenchRecipe,
+    ChainRecipe,
     ExportRecipe,
     FinetuneRecipe,
     PruneRecipe,
     TrainRecipe,
+    read_recipe,
     to_dict,
 )
 
@@ -25,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PRUNE, FINETUNE, TRAIN, EXPORT = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe()
+PRUNE, FINETUNE, TRAIN, EXPORT, BENCH = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe(), BenchRecipe()
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A model directory, a Hub id, or the word reference.", show_default=False)
@@ -218,6 +221,63 @@ def verify(
 
 
 @app.command()
+def bench(
+    baseline: ModelArgument,
+    candidates: Annotated[list[str], typer.Argument(help="The models to compare with it.", show_default=False)],
+    out: Out,
+    backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = ",".join(BENCH.backends),
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
+    num_inference_steps: Annotated[str, typer.Option(help="Sampling steps, comma-separated.")] = "20",
+    scheduler: SchedulerOption = BENCH.scheduler,
+    rounds: Annotated[int, typer.Option(help="Turns that each subject gets.")] = BENCH.rounds,
+    samples: Annotated[
+        int, typer.Option(help="Images drawn per model to judge the quality; 0 leaves it out.")
+    ] = BENCH.samples,
+    threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
+    seed: Seed = BENCH.seed,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Measure candidates against a baseline: latency, memory, size and quality, in one report."""
+    recipe = BenchRecipe(
+        baseline=baseline,
+        candidates=tuple(candidates),
+        backends=tuple(name.strip() for name in backend.split(",") if name.strip()),
+        batch_sizes=_integers(batch_size, "--batch-size"),
+        num_inference_steps=_integers(num_inference_steps, "--num-inference-steps"),
+        scheduler=scheduler,
+        rounds=rounds,
+        samples=samples,
+        threads=threads,
+        seed=seed,
+    )
+    from dpctl import chain
+
+    result = chain.bench(recipe, out, force=force, bar=progress.bar)
+    _print(chain.bench_report(result, out), json_)
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML recipe; the reference model without one.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The directory of the whole chain.")] = Path("dpctl-run"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Prune, finetune, export and measure; finished stages are skipped, a killed run goes on where it was."""
+    chosen = ChainRecipe() if recipe is None else read_recipe(recipe, ChainRecipe)
+    if dry_run:
+        _print_json(to_dict(chosen))
+        return
+    from dpctl import chain
+
+    result = chain.run(chosen, out, bar=progress.bar)
+    _print(chain.bench_report(result, out / "bench"), json_)
+
+
+@app.command()
 def sample(
     model: ModelArgument,
     out: Out,
@@ -273,8 +333,8 @@ def _print_json(document: Any) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    # A pipe has no width of its own: 80 columns would fold the tables of every log.
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    # A pipe has no width of its own: 80 columns would fold the tables of every log. No markup: a path may hold [a].
+    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:
@@ -291,7 +351,7 @@ def _integers(text: str, option: str) -> tuple[int, ...]:
 def main() -> None:
     """Run the command line; a DpctlError is printed without a traceback and gives its exit code."""
     try:
-        app()
+        app(prog_name="dpctl")  # also as python -m dpctl
     except DpctlError as problem:
         typer.echo(f"error: {problem}", err=True)
         sys.exit(problem.exit_code)

@@ -1,13 +1,12 @@
 """Images for scoring and training: a folder, an `.npz` or `reference`, as batches [B, C, H, W] in [-1, 1]."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dpctl.errors import DpctlError
@@ -56,8 +55,8 @@ class FolderImages:
         height, width = self._size
         try:
             with Image.open(path) as image:
-                picture = image.convert("L" if self._channels == 1 else "RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as problem:
+                picture = _to_bytes(image).convert("L" if self._channels == 1 else "RGB")
+        except Exception as problem:  # a damaged file makes Pillow raise nearly anything
             raise _broken(path, problem) from None
         scale = max(height / picture.height, width / picture.width)
         larger = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
@@ -98,7 +97,7 @@ def _from_folder(folder: Path, channels: int, size: tuple[int, int]) -> FolderIm
         try:
             with Image.open(path) as image:
                 image.verify()
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as problem:
+        except Exception as problem:  # a damaged file makes Pillow raise nearly anything
             raise _broken(path, problem) from None
     return FolderImages(str(folder), paths, channels, size)
 
@@ -108,7 +107,7 @@ def _from_npz(path: Path, name: str, channels: int, size: tuple[int, int]) -> Ar
     try:
         with np.load(path, allow_pickle=False) as archive:
             pixels = archive["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
+    except Exception as problem:  # a damaged archive fails in zipfile, zlib, numpy or struct
         raise DpctlError("the image archive cannot be read", f"{path}: {problem}", todo) from None
     if pixels.ndim == 3:
         pixels = pixels[..., None]
@@ -122,6 +121,15 @@ def _from_npz(path: Path, name: str, channels: int, size: tuple[int, int]) -> Ar
             "convert the images, or give a folder of image files (those are resized)",
         )
     return ArrayImages(name, np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bit, which Pillow would clip to white; refuse pixels whose range is not known."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bit per channel")
+    return image
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -29,6 +29,22 @@ def noise_for(seed: int, indices: Sequence[int], shape: Sequence[int], stream: s
     return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, i, stream)) for i in indices])
 
 
+def require_image_to_image(config: Any) -> None:
+    """Raise a DpctlError unless a network turns a noisy image and a timestep, nothing else, into one like it."""
+    if getattr(config, "class_embed_type", None) is not None or getattr(config, "num_class_embeds", None) is not None:
+        raise DpctlError(
+            "a class-conditional network cannot be scored or trained",
+            f"num_class_embeds {config.num_class_embeds}, class_embed_type {config.class_embed_type!r}",
+            "bring an unconditional model: the images have no labels",
+        )
+    if config.in_channels != config.out_channels:
+        raise DpctlError(
+            "the network's output is no image like its input",
+            f"{config.in_channels} input channels, {config.out_channels} output channels",
+            "bring a model that predicts noise, image or velocity alone (no learned variance)",
+        )
+
+
 def predicted_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the network has to predict, as the scheduler's `prediction_type` says. [B, C, H, W]"""
     kind = scheduler.config.prediction_type

@@ -32,7 +32,7 @@ def inspect(name: str) -> Report:
 
     model = load_model(name)
     stats = cost.stats(model.unet) | {"bytes": cost.file_bytes(directory)}
-    document = {"kind": "foreign", "digest": model.digest, "stats": stats, "lineage": []}
+    document = {"kind": "foreign", "stats": stats, "lineage": [], "digest": model.digest, "directory": str(directory)}
     return Report(document, [_figures("foreign", directory, model.digest, stats)])
 
 

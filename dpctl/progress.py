@@ -83,7 +83,7 @@ class _Log:
         self._spoke = now
         left = (now - self._started) / max(1, self._done - self._first) * (self._total - self._done)
         line = f"{self._description} {self._done}/{self._total}, {units.seconds(left)} left  {_text(values)}"
-        self._console.print(line.rstrip(), highlight=False, markup=False)
+        self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
 def _text(values: dict[str, float | str]) -> str:

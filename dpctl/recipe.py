@@ -116,7 +116,7 @@ def read_recipe(path: Path, kind: type[R]) -> R:
             values = tomllib.load(stream)
     except FileNotFoundError:
         raise DpctlError("no such recipe", str(path), "give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except ValueError as problem:  # TOML's, Unicode's, or a number of too many digits
         raise DpctlError("the recipe is not TOML", f"{path}: {problem}", "correct the file") from None
     except OSError as problem:
         raise DpctlError(
@@ -161,7 +161,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             )
         return tuple(_value(options[0], inner, where) for inner in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            got = f"{where} = a whole number of {value.bit_length()} bits"
+            raise DpctlError("an entry of the recipe is out of range", got, "give a smaller number") from None
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
         return value
     wanted = getattr(hint, "__name__", str(hint))

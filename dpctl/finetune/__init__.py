@@ -1,13 +1,16 @@
 """Train a UNet from nothing, or finetune a pruned one with its unpruned teacher: the same loop."""
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dpctl import artifact, cost, progress
 from dpctl.artifact import Manifest
 from dpctl.data import Images, open_data
+from dpctl.diffusion import require_image_to_image
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
@@ -26,15 +29,17 @@ def train(
     """
     import diffusers
 
+    from dpctl.finetune.loss import Objective
+
     _check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
-    unet = _random_unet(_config(recipe.config), recipe.seed)
+    unet = build_random(_config(recipe.config), recipe.seed)
     scheduler = diffusers.DDPMScheduler()
-    losses = _loop(unet, scheduler, None, 0.0, _images(unet, recipe), recipe, out, start, bar)
+    losses = _loop(unet, Objective(scheduler), _images(unet, recipe), recipe, out, start, None, bar)
     with artifact.writing(out, force=force) as directory:
         write_pipeline(directory, unet=unet, scheduler=scheduler)
         manifest = _finish(directory, unet, losses, kind="trained", recipe=to_dict(recipe))
-    shutil.rmtree(checkpoint.folder_for(out), ignore_errors=True)
+    checkpoint.clear(checkpoint.folder_for(out))
     return manifest
 
 
@@ -52,42 +57,45 @@ def finetune(
     The teacher is the unpruned ancestor that the model's manifest names, unless the recipe names another or sets
     `distillation` to 0. Raises a DpctlError as `train` does, and for a teacher that is missing or does not match.
     """
+    from dpctl.finetune.loss import Objective
+
     _check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     source = load_model(model)
+    if start is not None:
+        checkpoint.require_same_parent(start, source.digest, checkpoint.folder_for(out))
     teacher = _teacher(source, recipe)
-    unet = _random_unet(dict(source.unet.config), recipe.seed) if recipe.from_scratch else source.unet
-    losses = _loop(unet, source.scheduler, teacher, recipe.distillation, _images(unet, recipe), recipe, out, start, bar)
+    unet = build_random(dict(source.unet.config), recipe.seed) if recipe.from_scratch else source.unet
+    objective = Objective(source.scheduler, teacher.unet if teacher else None, recipe.distillation)
+    losses = _loop(unet, objective, _images(unet, recipe), recipe, out, start, source.digest, bar)
     with artifact.writing(out, force=force) as directory:
         save_model(directory, model=source, unet=unet)
         _copy_kept(source, directory)
         inherited = _inherited(source)
         entries = artifact.descent(source.manifest, source.digest, source.source)
         manifest = _finish(directory, unet, losses, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
-    shutil.rmtree(checkpoint.folder_for(out), ignore_errors=True)
+    checkpoint.clear(checkpoint.folder_for(out))
     return manifest
 
 
 def _loop(
     unet: Any,
-    scheduler: Any,
-    teacher: Model | None,
-    distillation: float,
+    objective: Any,
     images: Images,
     recipe: LoopRecipe,
     out: Path,
     start: Checkpoint | None,
+    parent: str | None,
     bar: progress.Bar,
 ) -> list[float]:
     from dpctl.finetune.loop import train as train_loop
-    from dpctl.finetune.loss import Objective
 
-    objective = Objective(scheduler, teacher.unet if teacher else None, distillation)
+    folder = checkpoint.folder_for(out)
+    if start is None:  # only now: a mistake in the options does not cost the checkpoints of an earlier run
+        checkpoint.clear(folder)
     name = "finetune" if isinstance(recipe, FinetuneRecipe) else "train"
     with bar(name, recipe.steps, done=start.step if start else 0) as advance:
-        return train_loop(
-            unet, objective, images, recipe, folder=checkpoint.folder_for(out), start=start, advance=advance
-        )
+        return train_loop(unet, objective, images, recipe, folder=folder, start=start, parent=parent, advance=advance)
 
 
 def _check(recipe: LoopRecipe) -> None:
@@ -96,14 +104,25 @@ def _check(recipe: LoopRecipe) -> None:
     if min(recipe.steps, recipe.batch_size, recipe.checkpoint_every) < 1:
         got = f"steps {recipe.steps}, batch size {recipe.batch_size}, checkpoint every {recipe.checkpoint_every}"
         raise DpctlError("a count is below 1", got, "give 1 or more")
-    if recipe.learning_rate <= 0:
-        raise DpctlError("the learning rate is not positive", f"{recipe.learning_rate:g}", "give e.g. 4e-4")
-    if not 0.0 <= recipe.ema_decay < 1.0:
-        raise DpctlError("the EMA decay is outside [0, 1)", f"{recipe.ema_decay:g}", "give e.g. 0.99")
+    for name, inside, todo in _ranges(recipe):
+        if not inside:  # NaN is inside no range
+            raise DpctlError(f"the {name.replace('_', ' ')} is out of range", f"{getattr(recipe, name):g}", todo)
     if recipe.mixed_precision not in PRECISIONS:
         raise DpctlError(
             "unknown mixed precision", repr(recipe.mixed_precision), f"choose one of: {', '.join(PRECISIONS)}"
         )
+
+
+def _ranges(recipe: LoopRecipe) -> Iterator[tuple[str, bool, str]]:
+    """Yield (entry, whether it is inside its range, what to do) of every number of a recipe."""
+    yield "learning_rate", 0.0 < recipe.learning_rate < math.inf, "give a positive number, e.g. 4e-4"
+    yield "ema_decay", 0.0 <= recipe.ema_decay < 1.0, "give a number in [0, 1), e.g. 0.99"
+    yield "weight_decay", 0.0 <= recipe.weight_decay < math.inf, "give 0 or a positive number, e.g. 0.01"
+    yield "gradient_clip", recipe.gradient_clip > 0.0, "give a positive number, e.g. 1"
+    yield "warmup_steps", recipe.warmup_steps >= 0, "give 0 or more"
+    yield "seed", 0 <= recipe.seed < 2**63, "give a whole number from 0 to 2^63 - 1"
+    if isinstance(recipe, FinetuneRecipe):
+        yield "distillation", 0.0 <= recipe.distillation < math.inf, "give 0 (no teacher) or a positive weight"
 
 
 def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -117,11 +136,11 @@ def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Check
         return found
     if folder.exists() and not force:
         raise DpctlError("an unfinished run is there", str(folder), "go on with --resume, or start again with --force")
-    shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
 def _images(unet: Any, recipe: LoopRecipe) -> Images:
+    require_image_to_image(unet.config)
     return open_data(recipe.data, channels=unet.config.in_channels, size=cost.sample_size(unet.config))
 
 
@@ -136,12 +155,21 @@ def _config(name: str) -> dict[str, Any]:
     return read_config(resolve(name))
 
 
-def _random_unet(config: dict[str, Any], seed: int) -> Any:
+def build_random(config: dict[str, Any], seed: int) -> Any:
+    """Build a UNet with random weights; a DpctlError says why a config gives none that runs."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_unet(config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet = build_unet(config)
+        cost.positions(unet)  # a forward pass
+    except DpctlError:
+        raise
+    except Exception as problem:  # a config can be wrong in every way that a network can fail
+        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        raise DpctlError("the config gives no network that runs", reason, "correct the config.json") from None
+    return unet
 
 
 def _teacher(source: Model, recipe: FinetuneRecipe) -> Model | None:
@@ -151,9 +179,11 @@ def _teacher(source: Model, recipe: FinetuneRecipe) -> Model | None:
     todo = "name the unpruned model with --teacher, or switch distillation off with --distillation 0"
     if recipe.teacher != "parent":
         teacher = load_model(recipe.teacher)
-        if teacher.unet.config.in_channels != source.unet.config.in_channels:
-            got = f"{teacher.unet.config.in_channels} input channels, the model has {source.unet.config.in_channels}"
-            raise DpctlError("the teacher does not match the model", got, "name the model it was pruned from")
+        for name in ("in_channels", "out_channels", "num_class_embeds"):
+            theirs, ours = getattr(teacher.unet.config, name), getattr(source.unet.config, name)
+            if theirs != ours:
+                got = f"{name} {theirs}, the model has {ours}"
+                raise DpctlError("the teacher does not match the model", got, "name the model it was pruned from")
         return teacher
     entries = source.manifest.lineage if source.manifest is not None else []
     ancestor = next((e for e in reversed(entries) if e["kind"] in ("trained", "foreign")), None)

@@ -27,6 +27,7 @@ class Checkpoint:
     recipe: dict[str, Any]
     losses: list[float]
     tensors: dict[str, Tensor]
+    parent: str | None = None  # the digest of the model that the run began with
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors below `prefix.`, without it."""
@@ -42,18 +43,32 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint atomically and drop all but the newest `KEEP`."""
     path = folder / f"step-{checkpoint.step:08d}.safetensors"
     temporary = path.with_suffix(".writing")
-    header = {"step": checkpoint.step, "recipe": checkpoint.recipe, "losses": checkpoint.losses}
+    header = {name: getattr(checkpoint, name) for name in ("step", "recipe", "losses", "parent")}
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
-    try:
-        with no_space_left_explained(path):
-            folder.mkdir(parents=True, exist_ok=True)
+    with no_space_left_explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
             save_file(tensors, temporary, metadata={"dpctl": json.dumps(header)})
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
-        old.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
+            _remove_if_empty(folder)
+        for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
+            old.unlink()
     return path
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints in `folder`, and the folder if nothing else is in it."""
+    with no_space_left_explained(folder):
+        for path in (*folder.glob("step-*.safetensors"), *folder.glob("step-*.writing")):
+            path.unlink(missing_ok=True)
+        _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -76,7 +91,7 @@ def _load(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as stream:
         header = json.loads((stream.metadata() or {})["dpctl"])
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-    return Checkpoint(step=header["step"], recipe=header["recipe"], losses=header["losses"], tensors=tensors)
+    return Checkpoint(header["step"], header["recipe"], header["losses"], tensors, header.get("parent"))
 
 
 def require_same_recipe(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -88,3 +103,13 @@ def require_same_recipe(saved: dict[str, Any], wanted: dict[str, Any], folder: P
                 f"{name} was {saved.get(name)!r}, now {wanted.get(name)!r} ({folder})",
                 "resume with the same options, or start again with --force",
             )
+
+
+def require_same_parent(checkpoint: Checkpoint, parent: str, folder: Path) -> None:
+    """Raise a DpctlError if a checkpoint's run began with another model than the one of this digest."""
+    if checkpoint.parent not in (None, parent):
+        raise DpctlError(
+            "the checkpoint belongs to another model",
+            f"the model was {checkpoint.parent[:12]}, now {parent[:12]} ({folder})",
+            "resume with the same model, or start again with --force",
+        )

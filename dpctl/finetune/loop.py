@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -34,14 +35,15 @@ def train(
     *,
     folder: Path,
     start: Checkpoint | None = None,
+    parent: str | None = None,
     advance: progress.Advance = progress.silent,
 ) -> list[float]:
     """Train `unet` in place, leave the EMA weights in it and return the loss of every step.
 
-    `folder` receives the checkpoints; `start` is the one to go on from. Raises a DpctlError when the loss is no
-    longer finite (the last checkpoint is kept).
+    `folder` receives the checkpoints, which name `parent`, the digest of the model that `unet` is; `start` is the one
+    to go on from. Raises a DpctlError when loss or gradient are no longer finite (the last checkpoint is kept).
     """
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = _accelerator(recipe.mixed_precision)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     unet.train()
     if objective.teacher is not None:
@@ -50,7 +52,7 @@ def train(
     ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     losses: list[float] = []
     if start is not None:
-        _restore(start, unet, ema, optimizer)
+        _restore(start, unet, ema, optimizer, accelerator.scaler)
         losses = list(start.losses)
 
     for step in range(len(losses), recipe.steps):
@@ -64,22 +66,33 @@ def train(
         with accelerator.autocast():
             loss = objective(model, clean, noise, timesteps)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.gradient_clip))
+        losses.append(loss.item())
+        # Before the weights take it, so that no checkpoint does. (In fp16 the scaler skips a gradient that overflows.)
+        if not math.isfinite(losses[-1]) or not (math.isfinite(norm) or accelerator.scaler):
+            raise _diverged(step, recipe, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(unet.parameters())
 
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise _diverged(step, recipe, folder)
         if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
-            checkpoint.save(folder, _state(step + 1, recipe, losses, unet, ema, optimizer))
-        advance(1, loss=losses[-1], grad_norm=float(norm) if norm is not None else 0.0)
+            tensors = _state(unet, ema, optimizer, accelerator.scaler)
+            checkpoint.save(folder, Checkpoint(step + 1, to_dict(recipe), list(losses), tensors, parent))
+        advance(1, loss=losses[-1], grad_norm=norm)
 
     ema.copy_to(unet.parameters())
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     unet.eval()
     return losses
+
+
+def _accelerator(precision: str) -> Accelerator:
+    # accelerate keeps one precision per process and refuses another: every training has its own.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    if precision == "fp16" and accelerator.scaler is None:  # accelerate would train in float32 and not say so
+        raise DpctlError("mixed precision fp16 needs a GPU", f"the {accelerator.device.type}", "use bf16 or no")
+    return accelerator
 
 
 def draw(images: Images, indices: Sequence[int], recipe: LoopRecipe, scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,16 +134,18 @@ def learning_rate(step: int, recipe: LoopRecipe) -> float:
     return recipe.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
-def _state(step: int, recipe: LoopRecipe, losses: list[float], unet: Any, ema: EMAModel, optimizer: Any) -> Checkpoint:
+def _state(unet: Any, ema: EMAModel, optimizer: Any, scaler: Any) -> dict[str, Tensor]:
     names = [name for name, _ in unet.named_parameters()]
     tensors = {f"model.{name}": tensor for name, tensor in unet.state_dict().items()}
     tensors |= {f"ema.{name}": shadow for name, shadow in zip(names, ema.shadow_params, strict=True)}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
-    return Checkpoint(step, to_dict(recipe), list(losses), tensors)
+    if scaler is not None:
+        tensors |= {f"scaler.{key}": torch.as_tensor(value) for key, value in scaler.state_dict().items()}
+    return tensors
 
 
-def _restore(start: Checkpoint, unet: Any, ema: EMAModel, optimizer: Any) -> None:
+def _restore(start: Checkpoint, unet: Any, ema: EMAModel, optimizer: Any, scaler: Any) -> None:
     try:
         unet.load_state_dict(start.part("model"))
     except RuntimeError as problem:
@@ -145,11 +160,13 @@ def _restore(start: Checkpoint, unet: Any, ema: EMAModel, optimizer: Any) -> Non
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if scaler is not None:
+        scaler.load_state_dict({key: tensor.item() for key, tensor in start.part("scaler").items()})
 
 
 def _diverged(step: int, recipe: LoopRecipe, folder: Path) -> DpctlError:
     return DpctlError(
-        "the loss is not finite",
+        "the loss or its gradient is not finite",
         f"step {step + 1} of {recipe.steps}, learning rate {recipe.learning_rate:g}, {recipe.mixed_precision}",
         f"lower the learning rate or use mixed precision 'no'; the last good checkpoint is in {folder}",
     )

@@ -72,6 +72,51 @@ def install(directory: Path) -> None:
     print(f"installed {directory} as {target}")
 
 
+def card(bench: Path) -> None:
+    """Write the model card README.md with loss.png and samples.png; FID and KID as the bench file has them."""
+    from dpctl import artifact
+    from dpctl.sample import Wish, grid, picture, sample_bytes
+
+    manifest = artifact.read_manifest(HERE / "model")
+    assert manifest is not None
+    _plot_losses(json.loads((HERE / "model" / "losses.json").read_text(encoding="utf-8")), HERE / "loss.png")
+    sheet = picture(grid(sample_bytes(HERE / "model", Wish(count=48, num_inference_steps=50)), columns=12))
+    sheet.resize((sheet.width * 2, sheet.height * 2), 0).save(HERE / "samples.png")
+    about = json.loads((HERE / "features.json").read_text(encoding="utf-8"))
+    text = (HERE / "card.md.in").read_text(encoding="utf-8")
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in manifest.recipe.items())
+    quality = _quality(json.loads(bench.read_text(encoding="utf-8")))
+    described = {"stats": manifest.stats, "created": manifest.created, "environment": manifest.environment}
+    filled = text.format(recipe=recipe, about=about, quality=quality, **described)
+    (HERE / "README.md").write_text(filled, encoding="utf-8")
+
+
+def _quality(bench: dict[str, Any]) -> str:
+    """Say the baseline's FID and KID of a bench file, each with its interval and sample count."""
+    found = next(q for q in bench["quality"] if q["model"] == bench["models"][0]["name"])
+    steps, scheduler = found["num_inference_steps"], bench["recipe"]["scheduler"]
+    lines = [
+        f"* **{name.upper()} {figure['value']:.4g}** (95 % interval {figure['low']:.4g} to {figure['high']:.4g}), "
+        f"{figure['count']} samples against {figure['against']}, {scheduler}, {steps} steps"
+        for name, figure in found["figures"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _plot_losses(losses: list[float], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    window = max(1, len(losses) // 100)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(losses, color="0.8", linewidth=0.5, label="each step")
+    axes.semilogy(np.arange(len(smooth)) + window / 2, smooth, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="denoising loss")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def _network() -> Any:
     from torch import nn
 
@@ -161,8 +206,8 @@ def main(arguments: list[str]) -> int:
     """Run one step by name."""
     steps = {"images": images, "features": features}
     try:
-        if len(arguments) == 2 and arguments[0] == "install":
-            install(Path(arguments[1]))
+        if len(arguments) == 2 and arguments[0] in ("install", "card"):
+            {"install": install, "card": card}[arguments[0]](Path(arguments[1]))
         elif len(arguments) == 1 and arguments[0] in steps:
             steps[arguments[0]]()
         else:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dpctl import registry
 from dpctl.data import open_data
 from dpctl.errors import DpctlError
 from dpctl.prune import CRITERIA
-from dpctl.prune.groups import ChannelGroup, find_groups
+from dpctl.prune.groups import ChannelGroup, Member, find_groups
 from dpctl.prune.importance import Scores, Scoring, reduce_over, slices
 from dpctl.recipe import PruneRecipe
 
@@ -171,6 +172,17 @@ def test_the_reduction_is_a_knob_of_its_own(scoring: Scoring) -> None:
     assert reduce_over(scoring.unet, group, values, "abs-sum").tolist() == expected
 
 
+def test_a_layer_may_hold_the_channels_in_another_order_and_more_than_once() -> None:
+    layers = nn.ModuleDict({"one": nn.Linear(1, 3, bias=False), "two": nn.Linear(4, 1)})
+    members = (Member("one", "out", (0, 1, 2), (2, 0, 1)), Member("two", "in", (0, 2, 3, 1), (0, 1, 1, 2)))
+    values = {
+        "one.weight": torch.tensor([[1.0], [2.0], [3.0]]),
+        "two.weight": torch.tensor([[10.0, 20.0, -30.0, 40.0]]),
+    }
+    found = reduce_over(layers, ChannelGroup("one", 3, 1, members), values, "sum-abs")
+    assert found.tolist() == [2 + 10, 3 + 30 + 40, 1 + 20]
+
+
 @pytest.mark.parametrize("name", ["taylor", "diff-pruning"])
 def test_both_reductions_can_be_asked_for(name: str, scoring: Scoring) -> None:
     apart, together = score(name, scoring), score(name, scoring, reduction="abs-sum")
@@ -181,5 +193,6 @@ def test_both_reductions_can_be_asked_for(name: str, scoring: Scoring) -> None:
 
 def test_random_scores_of_a_group_do_not_depend_on_the_others(scoring: Scoring) -> None:
     alone = dataclasses.replace(scoring, groups=scoring.groups[3:4])
-    name = scoring.groups[3].name
-    assert torch.equal(score("random", alone)[name], score("random", scoring)[name])
+    name, scores = scoring.groups[3].name, score("random", scoring)
+    assert torch.equal(score("random", alone)[name], scores[name])
+    assert len({tuple(values.tolist()) for values in scores.values()}) == len(scores)

@@ -175,6 +175,16 @@ def test_kept_positions_of_two_cuts_compose(toy_unet: Any) -> None:
         torch.testing.assert_close(value, twice.state_dict()[name], rtol=1e-6, atol=0.0)
 
 
+def test_a_second_cut_of_one_group_keeps_the_widths_of_the_first(toy_unet: Any) -> None:
+    _, first = random_cut(toy_unet, 0.5)
+    once = slim(toy_unet, first)
+    plan = PruningPlan(dict(everything(once).keep) | {"time_embedding.linear_1": tuple(range(0, 64, 2))})
+    twice = slim(once, kept_indices(once, find_groups(once), plan))
+    changed = {name for name, widths in twice.config.channels.items() if once.config.channels.get(name) != widths}
+    assert changed == {"time_embedding.linear_1", "time_embedding.linear_2"}
+    assert bool(run(twice).isfinite().all())
+
+
 def test_compose_names_positions_of_the_base() -> None:
     first = {"a.out": torch.tensor([1, 3, 5, 7]), "b.in": torch.tensor([0, 1])}
     second = {"a.out": torch.tensor([0, 3]), "c.out": torch.tensor([2])}

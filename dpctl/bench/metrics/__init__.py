@@ -1,1 +1,64 @@
-"""Quality metrics, one file each: a registry (see dpctl/registry.py)."""
+"""Quality metrics, one file each; the file's name is the metric's name in tables and in bench.json.
+
+A metric module has ``BETTER`` ("higher" or "lower") and ``measure(drawn: Drawn) -> Figure``, which raises `LeftOut`
+where the metric says nothing about these images.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dpctl.bench.compare import interval
+from dpctl.bench.metrics._features import FeatureSpace
+
+# One resample of FID is an eigenvalue problem; 400 place a 95 % interval well enough.
+RESAMPLES = 400
+
+
+class LeftOut(Exception):
+    """The metric does not apply; the message says why, for the report."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one model, with its bootstrap 95 % interval over samples.
+
+    `replicates` are the bootstrap's values: those of two models of the same samples pair up (`result.difference`).
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+    against: str
+    better: str
+    replicates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of one model and of the baseline from the same noise: bytes [N, H, W, C], row i from (seed, i).
+
+    `baseline` is None where the model is the baseline itself, or where the baseline's pictures are missing.
+    """
+
+    images: np.ndarray
+    baseline: np.ndarray | None
+    space: FeatureSpace | None = None
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """The features [N, D] of `images`; LeftOut where no feature network takes such images."""
+        if self.space is None:
+            raise LeftOut("no feature network was given")
+        reason = self.space.refuses(self.images)
+        if reason:
+            raise LeftOut(reason)
+        return self.space.features(self.images)
+
+
+def figure(value: float, replicates: np.ndarray, *, count: int, against: str, better: str) -> Figure:
+    """Make a Figure whose interval is the percentile interval of `replicates`."""
+    low, high = interval(replicates)
+    return Figure(float(value), low, high, count, against, better, tuple(float(r) for r in replicates))

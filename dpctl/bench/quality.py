@@ -1,0 +1,56 @@
+"""The quality of each model's samples by every metric of the registry."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpctl import registry
+from dpctl.bench.metrics import Drawn, Figure, LeftOut
+from dpctl.bench.metrics._features import FeatureSpace
+from dpctl.bench.result import Quality
+from dpctl.progress import Advance, silent
+
+METRICS = "dpctl.bench.metrics"
+
+
+def save_samples(path: Path, parts: Sequence[np.ndarray]) -> None:
+    """Save samples [N, H, W, C] of bytes as an `.npz` with the array `images`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, images=np.concatenate(parts))
+
+
+def load_samples(path: Path) -> np.ndarray:
+    """Return the samples [N, H, W, C] of bytes."""
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["images"]
+
+
+def judge(drawn: Drawn) -> tuple[dict[str, Figure], dict[str, str]]:
+    """Return the figures by metric name, and for each metric that was left out the reason."""
+    figures: dict[str, Figure] = {}
+    left_out: dict[str, str] = {}
+    for name in registry.names(METRICS):
+        try:
+            figures[name] = registry.load(METRICS, name, "metric").measure(drawn)
+        except LeftOut as reason:
+            left_out[name] = str(reason)
+    return figures, left_out
+
+
+def assess(
+    samples: Sequence[tuple[str, str, int, str]],
+    out: Path,
+    baseline: str,
+    space: FeatureSpace | None,
+    advance: Advance = silent,
+) -> tuple[Quality, ...]:
+    """Judge every (model, backend, steps, file below `out`) against the baseline's samples of the same steps."""
+    images = {(model, steps): load_samples(out / file) for model, _, steps, file in samples}
+    found = []
+    for model, backend, steps, file in samples:
+        theirs = None if model == baseline else images.get((baseline, steps))
+        figures, left_out = judge(Drawn(images[model, steps], theirs, space))
+        found.append(Quality(model, backend, steps, file, figures, left_out))
+        advance(1, model=model)
+    return tuple(found)

@@ -1,0 +1,181 @@
+"""What is measured: each model on each backend. What is not exported yet is exported into a cache first."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpctl import artifact, cost, environment, progress, registry
+from dpctl.artifact import Manifest
+from dpctl.bench.result import EAGER, Model
+from dpctl.errors import DpctlError
+from dpctl.models import load_model, resolve
+from dpctl.recipe import BenchRecipe
+from runtime import BACKENDS
+
+# Samples for the quality are drawn in batches of this size, where the exported range allows it.
+DRAWN_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One subject before it is measured: the directory its backend opens, or why it cannot."""
+
+    model: Model
+    backend: str
+    directory: Path
+    runs_from: str
+    refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Model and backend."""
+        return f"{self.model.name} / {self.backend}"
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weights or the graph that the backend reads."""
+        return cost.file_bytes(self.directory)
+
+    @property
+    def parity(self) -> dict[str, object] | None:
+        """The verdict of the export that runs, and its worst error; None where the weights themselves run."""
+        manifest = artifact.read_manifest(self.directory)
+        if manifest is None or manifest.parity is None:
+            return None
+        return {name: manifest.parity[name] for name in ("verdict", "worst") if name in manifest.parity}
+
+
+def describe(recipe: BenchRecipe) -> tuple[Model, ...]:
+    """Return the models of a recipe, the baseline first; raises what a missing or damaged one deserves."""
+    sources = (recipe.baseline, *recipe.candidates)
+    directories = [resolve(source) for source in sources]
+    labels = names(sources)
+    return tuple(_describe(*each) for each in zip(labels, sources, directories, strict=True))
+
+
+def names(sources: Sequence[str]) -> list[str]:
+    """Return a short name for each source: its last part, more of it where two would be alike, and then a number."""
+    short = []
+    for source in sources:
+        parts = [part for part in source.split("/") if part not in ("", ".", "..")] or [source]
+        others = [other for other in sources if other != source]
+        length = next(
+            (n for n in range(1, len(parts)) if not any(_ends(other, parts[-n:]) for other in others)), len(parts)
+        )
+        short.append("/".join(parts[-length:]))
+    return [name if short.index(name) == i else f"{name} ({short[:i].count(name) + 1})" for i, name in enumerate(short)]
+
+
+def _ends(source: str, parts: list[str]) -> bool:
+    return source.rstrip("/").split("/")[-len(parts) :] == parts
+
+
+def _describe(name: str, source: str, directory: Path) -> Model:
+    manifest = artifact.read_manifest(directory)
+    if manifest is not None and {"params", "macs", "attention_macs"} <= manifest.stats.keys():
+        artifact.verify_files(directory, manifest)
+        stats, digest = manifest.stats, manifest.digest
+    else:
+        loaded = load_model(directory)
+        stats, digest = cost.stats(loaded.unet), loaded.digest
+    return Model(
+        name=name,
+        source=source,
+        digest=digest,
+        kind="foreign" if manifest is None else manifest.kind,
+        params=stats["params"],
+        macs=stats["macs"],
+        attention_macs=stats["attention_macs"],
+        file_bytes=cost.file_bytes(directory),
+        lineage=() if manifest is None else _lineage(manifest),
+    )
+
+
+def _lineage(manifest: Manifest) -> tuple[dict[str, object], ...]:
+    """Return what led to a model, oldest first, itself last."""
+    own = {"digest": manifest.digest, "source": "", "kind": manifest.kind, "recipe": manifest.recipe}
+    return tuple(
+        {key: entry.get(key, {} if key == "recipe" else "") for key in own} for entry in (*manifest.lineage, own)
+    )
+
+
+def prepare(
+    recipe: BenchRecipe, models: Sequence[Model], exported: Sequence[Path], bar: progress.Bar
+) -> tuple[Entry, ...]:
+    """Return every model on every backend, exported where that is needed.
+
+    `exported` are directories that may serve: one whose parent is the model, for all the batch sizes.
+    """
+    for backend in recipe.backends:
+        registry.check(BACKENDS, backend, "backend")
+    return tuple(_entry(model, backend, recipe, exported, bar) for model in models for backend in recipe.backends)
+
+
+def _entry(model: Model, backend: str, recipe: BenchRecipe, exported: Sequence[Path], bar: progress.Bar) -> Entry:
+    own = resolve(model.source)
+    if model.kind == "exported":
+        refused = "an exported directory holds no weights for torch" if backend == EAGER else None
+        return Entry(model, backend, own, model.source, refused)
+    if backend == EAGER:
+        return Entry(model, backend, own, model.source)
+    largest = max(recipe.batch_sizes)
+    for directory in exported:
+        manifest = artifact.read_manifest(directory)
+        if manifest is not None and _serves(manifest, model, largest):
+            return Entry(model, backend, directory, str(directory))
+    directory = cached_export(model, largest, bar)
+    return Entry(model, backend, directory, f"exported for this measurement into {directory}")
+
+
+def _serves(manifest: Manifest, model: Model, largest: int) -> bool:
+    """Tell whether a directory is an export of `model` that takes batches of 1 to `largest`."""
+    if manifest.kind != "exported" or manifest.parent != model.digest or manifest.signature is None:
+        return False
+    low, _, high = manifest.signature["batch"]
+    return bool(low == 1 and largest <= high)
+
+
+def cached_export(model: Model, largest: int, bar: progress.Bar) -> Path:
+    """Return an exported directory of `model` in the user's cache; export it there the first time."""
+    from export.to_onnx import export_model
+
+    high = max(largest, DRAWN_TOGETHER)
+    versions = [environment.version(name) or "" for name in ("dpctl-diffusion", "torch", "onnx", "onnxscript")]
+    key = artifact.digest({"model": model.digest, "batch": str(high), "versions": " ".join(versions)})
+    directory = cache() / key[:32]
+    manifest = artifact.read_manifest(directory) if directory.is_dir() else None
+    if manifest is None or not _serves(manifest, model, largest) or artifact.hash_files(directory) != manifest.files:
+        export_model(load_model(model.source), directory, batch=(1, min(8, high), high), force=True, bar=bar)
+    return directory
+
+
+def cache() -> Path:
+    """Return the folder of exports made for measurements: below $XDG_CACHE_HOME, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dpctl" / "exported"
+
+
+def largest_batch(entry: Entry, count: int) -> int:
+    """Return how many samples a subject may draw at once, `count` at most."""
+    manifest = artifact.read_manifest(entry.directory)
+    high = manifest.signature["batch"][2] if manifest is not None and manifest.signature else DRAWN_TOGETHER
+    return int(min(high, DRAWN_TOGETHER, count))
+
+
+def require_one_shape(models: Sequence[Model]) -> None:
+    """Raise a DpctlError for candidates that draw other shapes than the baseline."""
+    from dpctl.models import read_config
+
+    def shape(model: Model) -> list[int]:
+        config = read_config(resolve(model.source))
+        config = config.get("base_config", config)
+        size = config.get("sample_size")
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return [config.get("out_channels"), height, width]
+
+    wanted = shape(models[0])
+    for model in models[1:]:
+        if shape(model) != wanted:
+            got = f"{model.source} draws {shape(model)}, the baseline {wanted} (channels, height, width)"
+            raise DpctlError("a candidate draws other pictures than the baseline", got, "compare models of one size")

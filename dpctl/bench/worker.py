@@ -1,0 +1,173 @@
+"""One subject in one process: `python -m dpctl.bench.worker` answers requests, one JSON line each, on its pipes.
+
+Between two requests it blocks on its pipe and uses no processor. Nothing that a library prints can reach the pipe.
+"""
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpctl import registry
+from dpctl.errors import DpctlError
+from dpctl.models import load_scheduler
+from runtime import BACKENDS, make_scheduler, sample
+from runtime.denoiser import Denoiser, memory_used
+
+CPU = torch.device("cpu")
+
+
+class TimedDenoiser:
+    """A Denoiser that notes, for every call, when it began and when its output was there."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.device, self.dtype, self.config = denoiser.device, denoiser.dtype, denoiser.config
+        self.synchronize, self.memory = denoiser.synchronize, denoiser.memory
+        self.began: list[float] = []
+        self.ended: list[float] = []
+        self._denoiser = denoiser
+
+    def __enter__(self) -> "TimedDenoiser":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        self.began.append(time.perf_counter())
+        output = self._denoiser(sample, timestep, **conditions)
+        self.synchronize()
+        self.ended.append(time.perf_counter())
+        return output
+
+
+class Subject:
+    """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
+
+    def __init__(self, directory: str, backend: str, scheduler: str, threads: int, seed: int) -> None:
+        self._backend, self._directory, self._seed = backend, Path(directory), seed
+        module = self._import()
+        torch.set_num_threads(threads)
+        self._base = memory_used(CPU)["resident_bytes"]
+        reset = reset_peak()
+        began = time.perf_counter()
+        self._denoiser: Denoiser = module.open_denoiser(self._directory, threads=threads, device=None)
+        self._scheduler = make_scheduler(scheduler, load_scheduler(self._directory).config)
+        self.opened = {
+            "open_latency_s": time.perf_counter() - began,
+            "base_memory_bytes": self._base,
+            "open_peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base,
+            "peak_is_reset": reset,
+        }
+
+    def _import(self) -> Any:
+        """Import what running the backend needs, so that the memory it takes is not counted as the subject's."""
+        import diffusers
+
+        module = registry.load(BACKENDS, self._backend, "backend")
+        getattr(module, "require", lambda: None)()
+        for name in ("UNet2DModel", "DDPMScheduler", "DDIMScheduler"):  # diffusers imports on first use
+            getattr(diffusers, name)
+        importlib.import_module("safetensors.torch")
+        return module
+
+    def memory(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
+        """Draw one batch and return the peak of resident memory meanwhile, beyond the imported libraries."""
+        reset_peak()
+        self._sample(range(batch_size), num_inference_steps)
+        return {"peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base}
+
+    def turn(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
+        """Draw one batch and return its latency, and of each step the whole and the network's part.
+
+        One unmeasured step goes first: the other subjects' turns have emptied the processor's caches.
+        """
+        indices = range(batch_size)
+        self._sample(indices, 1)
+        timed = TimedDenoiser(self._denoiser)
+        marks: list[float] = []
+
+        def mark(_: int, __: Tensor) -> None:
+            timed.synchronize()
+            marks.append(time.perf_counter())
+
+        began = time.perf_counter()
+        self._sample(indices, num_inference_steps, timed, mark)
+        ended = time.perf_counter()
+        return {
+            "latency_s": ended - began,
+            "step_latency_s": _durations([timed.began[0], *marks[:-1]], marks),
+            "network_latency_s": _durations(timed.began, timed.ended),
+        }
+
+    def draw(self, start: int, stop: int, num_inference_steps: int, file: str) -> dict[str, Any]:
+        """Draw the samples from `start` to `stop` and save them as bytes [N, H, W, C] (.npy)."""
+        images = self._sample(range(start, stop), num_inference_steps)
+        np.save(file, ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
+        return {}
+
+    def _sample(
+        self,
+        indices: Sequence[int],
+        steps: int,
+        denoiser: Denoiser | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        asked: dict[str, Any] = {"seed": self._seed, "indices": indices, "num_inference_steps": steps}
+        return sample(denoiser or self._denoiser, self._scheduler, **asked, on_step=on_step)
+
+
+def _durations(began: Sequence[float], ended: Sequence[float]) -> list[float]:
+    return [round(after - before, 9) for before, after in zip(began, ended, strict=True)]
+
+
+def reset_peak() -> bool:
+    """Set this process's peak of resident memory back to what it holds now; False where the system refuses."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "memory": Subject.memory,
+    "turn": Subject.turn,
+    "draw": Subject.draw,
+}
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answer requests until the pipe closes; a DpctlError is an answer, anything else ends the process."""
+    subject: Subject | None = None
+    for line in requests:
+        request = json.loads(line)
+        what = request.pop("what")
+        try:
+            if what == "open":
+                subject = Subject(**request)
+                answer = subject.opened
+            else:
+                answer = COMMANDS[what](subject, **request)
+        except DpctlError as problem:
+            answer = {"error": [problem.failed, problem.got, problem.todo]}
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+
+def main() -> None:
+    """Keep the pipes for the requests alone, and give the libraries stderr and an empty stdin instead."""
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    serve(requests, replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Made-up results for what derives from them, and a toy feature network for what judges images."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpctl.bench.metrics._features import FeatureSpace
+from dpctl.bench.result import BenchResult, Memory, Model, Subject, Turn
+
+
+def _model(name: str, macs: int) -> Model:
+    return Model(name, name, name * 3, "trained", 1000, macs, 0, 4000, ())
+
+
+def _turn(number: int, latency: float) -> Turn:
+    return Turn(number, 1, 2, latency, (latency / 2, latency / 2), (latency / 4, latency / 4))
+
+
+def _subject(model: str, backend: str, latencies: list[float]) -> Subject:
+    turns = tuple(_turn(number, latency) for number, latency in enumerate([9.0, *latencies]))  # round 0 warms up
+    return Subject(model, backend, model, 4000, None, 0.1, 10**8, 10**6, (Memory(1, 10**6),), turns)
+
+
+@pytest.fixture
+def make_result() -> Callable[..., BenchResult]:
+    """Return `make_result({(model, backend): latencies}, **environment)`: batch 1, two steps, one turn per latency."""
+
+    def make(latencies: dict[tuple[str, str], list[float]], **environment: Any) -> BenchResult:
+        models = tuple(
+            _model(name, 100 - 50 * i) for i, name in enumerate(dict.fromkeys(model for model, _ in latencies))
+        )
+        rounds = max(len(values) for values in latencies.values())
+        recipe = {"batch_sizes": [1], "num_inference_steps": [2], "rounds": rounds, "seed": 0, "scheduler": "ddim"}
+        subjects = tuple(_subject(model, backend, values) for (model, backend), values in latencies.items())
+        return BenchResult(1, "2026-01-01T00:00:00+00:00", "dpctl", recipe, 1, environment, None, models, subjects, ())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_space(tmp_path_factory: pytest.TempPathFactory) -> FeatureSpace:
+    """A real ONNX network (8x8 images with one channel -> 6 features) and statistics of 500 random images."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder = tmp_path_factory.mktemp("features")
+    weight = np.random.default_rng(1).normal(size=(64, 6)).astype(np.float32) / 8
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["images"], ["flat"], axis=1),
+            helper.make_node("MatMul", ["flat", "weight"], ["features"]),
+        ],
+        "toy",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 6])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, folder / "features.onnx")
+    pixels = np.random.default_rng(2).integers(0, 256, size=(500, 8, 8, 1), dtype=np.uint8)
+    rows = (pixels.astype(np.float32) / 127.5 - 1).reshape(500, 64) @ weight
+    np.savez(
+        folder / "statistics.npz",
+        mean=rows.mean(0).astype(np.float64),
+        covariance=np.cov(rows, rowvar=False),
+        count=np.int64(500),
+        features=rows.astype(np.float16),
+    )
+    return FeatureSpace(
+        Path(folder / "features.onnx"), Path(folder / "statistics.npz"), "a toy; against 500 random images"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline directory as stock diffusers saves it, whose network exports in seconds."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            add_attention=False,
+            norm_num_groups=4,
+        )
+    directory = tmp_path_factory.mktemp("bench") / "tiny"
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)).save_pretrained(directory)
+    return directory

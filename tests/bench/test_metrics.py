@@ -1,0 +1,165 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpctl import registry
+from dpctl.bench.metrics import Drawn, Figure, LeftOut, fid, kid, ssim
+from dpctl.bench.metrics._features import FeatureSpace, Statistics
+from dpctl.bench.quality import METRICS, judge
+from dpctl.bench.result import difference
+from dpctl.errors import DpctlError
+
+
+def pictures(seed: int, count: int = 40, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size=(count, size, size, 1), dtype=np.uint8)
+
+
+class Given(FeatureSpace):
+    """A space whose features are the pictures' own rows: for oracles."""
+
+    def __init__(self, real: np.ndarray) -> None:
+        statistics = Statistics(real.mean(0), np.cov(real, rowvar=False), len(real), real)
+        self.__dict__["statistics"] = statistics
+
+
+def drawn(features: np.ndarray, real: np.ndarray) -> Drawn:
+    found = Drawn(np.zeros((len(features), 1, 1, 1), np.uint8), None, Given(real))
+    found.__dict__["features"] = features
+    return found
+
+
+@pytest.mark.parametrize("name", registry.names(METRICS))
+def test_a_metric_keeps_the_contract(name: str, toy_space: FeatureSpace) -> None:
+    module = registry.load(METRICS, name, "metric")
+    found = module.measure(Drawn(pictures(0), pictures(1), toy_space))
+    assert isinstance(found, Figure)
+    assert found.better == module.BETTER
+    assert found.better in ("lower", "higher")
+    assert found.low <= found.value <= found.high
+    assert found.count == 40
+    assert found.replicates
+    assert module.measure(Drawn(pictures(0), pictures(1), toy_space)) == found
+
+
+def test_ssim_of_constant_pictures_is_the_formula() -> None:
+    one, other = (np.full((3, 12, 12, 1), value, np.uint8) for value in (51, 204))
+    a, b, c1 = 0.2, 0.8, 0.01**2
+    assert ssim.per_image(one, other) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1))
+
+
+def test_ssim_of_the_same_pictures_is_one() -> None:
+    found = ssim.measure(Drawn(pictures(0), pictures(0)))
+    assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+def test_fid_of_gaussians_is_the_formula() -> None:
+    # Of two diagonal covariances: |m - m'|^2 + sum (s - s')^2
+    mean, deviation = np.array([1.0, -2.0]), np.array([2.0, 0.5])
+    found = fid.distance(np.zeros(2), fid.matrix_root(np.eye(2)), mean, np.diag(deviation**2))
+    assert found == pytest.approx(5.0 + 1.0 + 0.25)
+
+
+def test_fid_agrees_with_torchmetrics() -> None:
+    import torch
+    from torchmetrics.image.fid import _compute_fid
+
+    features, real = np.random.default_rng(0).normal(size=(2, 200, 12)) @ np.random.default_rng(1).normal(size=(12, 12))
+    sides = [(torch.tensor(rows.mean(0)), torch.tensor(np.cov(rows, rowvar=False))) for rows in (features, real)]
+    assert fid.measure(drawn(features, real)).value == pytest.approx(
+        float(_compute_fid(*sides[0], *sides[1])), rel=1e-6
+    )
+
+
+def test_fid_of_the_real_images_themselves_is_zero() -> None:
+    real = np.random.default_rng(0).normal(size=(100, 5))
+    assert fid.measure(drawn(real, real)).value == pytest.approx(0, abs=1e-9)
+
+
+def test_weighted_moments_are_those_of_repeated_samples() -> None:
+    rows, weights = np.random.default_rng(0).normal(size=(6, 3)), np.array([2, 0, 1, 1, 3, 0])
+    mean, covariance = fid.moments(rows, weights)
+    repeated = np.repeat(rows, weights, axis=0)
+    assert mean == pytest.approx(repeated.mean(0))
+    assert covariance == pytest.approx(np.cov(repeated, rowvar=False))
+
+
+def test_kid_is_the_mean_over_all_pairs() -> None:
+    rows, real = np.random.default_rng(0).normal(size=(2, 9, 4))
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / 4 + 1) ** 3)
+
+    def among(points: np.ndarray) -> float:
+        return float(np.mean([kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]))
+
+    between = float(np.mean([kernel(x, y) for x in rows for y in real]))
+    assert kid.measure(drawn(rows, real)).value == pytest.approx(among(rows) + among(real) - 2 * between)
+
+
+def test_kid_is_unbiased_and_its_interval_as_wide_as_its_error() -> None:
+    generator = np.random.default_rng(0)
+    real = generator.normal(size=(400, 4))
+    found = [kid.measure(drawn(generator.normal(0.3, 1.0, size=(60, 4)), real)) for _ in range(100)]
+    values = np.array([figure.value for figure in found])
+    # The same distance from forty times as many samples.
+    truth = kid.measure(drawn(generator.normal(0.3, 1.0, size=(2500, 4)), real)).value
+    assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values)) + 0.01
+    widths = np.mean([figure.high - figure.low for figure in found])
+    assert 0.7 < widths / (2 * 1.96 * values.std()) < 1.3
+
+
+def test_blocks_of_rows_give_the_same_kernel_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(11, 3))
+    whole = kid.mean_kernel(rows, rows, exclude_self=True)
+    monkeypatch.setattr(kid, "ROWS", 4)
+    assert kid.mean_kernel(rows, rows, exclude_self=True) == pytest.approx(whole)
+
+
+def test_a_model_does_not_differ_from_itself(toy_space: FeatureSpace) -> None:
+    found = fid.measure(Drawn(pictures(0), None, toy_space))
+    apart = difference(found, found)
+    assert apart is not None
+    assert (apart.value, apart.low, apart.high) == (0, 0, 0)
+    assert difference(found, dataclasses.replace(found, count=39)) is None
+
+
+def test_what_does_not_apply_is_left_out_with_its_reason(toy_space: FeatureSpace) -> None:
+    figures, left_out = judge(Drawn(pictures(0, size=12), pictures(1, size=12), toy_space))
+    assert set(figures) == {"ssim"}
+    assert left_out["fid"] == left_out["kid"] == "the feature network takes 1x8x8 images, the model draws 1x12x12"
+    figures, left_out = judge(Drawn(pictures(0), None, None))
+    assert figures == {}
+    assert "no feature network" in left_out["fid"]
+    assert "baseline" in left_out["ssim"]
+
+
+def test_kid_is_left_out_without_features_of_real_images(toy_space: FeatureSpace, tmp_path: Path) -> None:
+    with np.load(toy_space.statistics_file) as archive:
+        np.savez(tmp_path / "s.npz", **{name: archive[name] for name in ("mean", "covariance", "count")})
+    space = FeatureSpace(toy_space.network, tmp_path / "s.npz", "")
+    figures, left_out = judge(Drawn(pictures(0), None, space))
+    assert set(figures) == {"fid"}
+    assert "no features" in left_out["kid"]
+
+
+def test_one_sample_is_too_few(toy_space: FeatureSpace) -> None:
+    for metric in (fid, kid):
+        with pytest.raises(LeftOut, match="two samples"):
+            metric.measure(Drawn(pictures(0, count=1), None, toy_space))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04broken"])
+def test_damaged_files_of_the_features_are_refused(content: bytes, toy_space: FeatureSpace, tmp_path: Path) -> None:
+    (tmp_path / "broken").write_bytes(content)
+    with pytest.raises(DpctlError, match="statistics"):
+        fid.measure(Drawn(pictures(0), None, FeatureSpace(toy_space.network, tmp_path / "broken", "")))
+    with pytest.raises(DpctlError, match="network"):
+        fid.measure(Drawn(pictures(0), None, FeatureSpace(tmp_path / "broken", toy_space.statistics_file, "")))
+
+
+def test_statistics_of_another_network_are_refused(toy_space: FeatureSpace, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", mean=np.zeros(3), covariance=np.eye(3), count=5)
+    with pytest.raises(DpctlError, match="not of this feature network"):
+        fid.measure(Drawn(pictures(0), None, FeatureSpace(toy_space.network, tmp_path / "s.npz", "")))

@@ -1,0 +1,48 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpctl import cost
+from dpctl.bench import order, subjects
+from dpctl.errors import DpctlError
+from dpctl.recipe import BenchRecipe
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        (["reference", "runs/a/tuned"], ["reference", "tuned"]),
+        (["a/tuned", "b/tuned/"], ["a/tuned", "b/tuned"]),
+        (["x/tuned", "x/tuned"], ["tuned", "tuned (2)"]),
+        (["owner/name", "./slim"], ["name", "slim"]),
+        (["."], ["."]),
+    ],
+)
+def test_names_are_short_and_differ(sources: list[str], expected: list[str]) -> None:
+    assert subjects.names(sources) == expected
+
+
+def test_a_model_without_manifest_is_counted(toy_pipeline: Path, toy_model: Any) -> None:
+    (model,) = subjects.describe(BenchRecipe(baseline=str(toy_pipeline)))
+    assert (model.kind, model.lineage) == ("foreign", ())
+    assert model.params == cost.parameters(toy_model.unet)
+    assert model.macs == cost.macs(toy_model.unet).linear
+    assert model.digest == toy_model.digest
+    assert model.file_bytes > 4 * model.params
+
+
+def test_models_of_another_size_are_refused(toy_pipeline: Path, make_unet: Callable[..., Any], tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(make_unet(sample_size=16), DDPMScheduler()).save_pretrained(tmp_path / "larger")
+    models = subjects.describe(BenchRecipe(baseline=str(toy_pipeline), candidates=(str(tmp_path / "larger"),)))
+    with pytest.raises(DpctlError, match="other pictures"):
+        subjects.require_one_shape(models)
+
+
+def test_each_round_begins_with_another_and_turns_around() -> None:
+    runs: Any = ["a", "b", "c"]
+    orders = ["".join(order(runs, number)) for number in range(4)]
+    assert orders == ["abc", "acb", "cab", "cba"]

@@ -1,0 +1,134 @@
+"""`dpctl inspect`: what it says is what the files say."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from dpctl import artifact
+from dpctl.errors import DpctlError
+from dpctl.inspect import Report, inspect, parity_report, report
+from dpctl.prune import prune
+from dpctl.recipe import PruneRecipe
+
+
+@pytest.fixture(scope="module")
+def pruned(toy_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model pruned twice. Shared: copy it before changing a file."""
+    directory = tmp_path_factory.mktemp("inspect")
+    prune(str(toy_pipeline), directory / "once", PruneRecipe("magnitude", target_macs=0.7))
+    prune(str(directory / "once"), directory / "twice", PruneRecipe("random", target_params=0.5))
+    return directory / "twice"
+
+
+def shown(found: Report) -> str:
+    """Return what the command prints for people."""
+    stream = io.StringIO()
+    console = Console(file=stream, markup=False, width=800, color_system=None)
+    for renderable in found.renderables:
+        console.print(renderable)
+    return stream.getvalue()
+
+
+def parameters(directory: Path) -> int:
+    tensors = load_file(directory / "unet" / "diffusion_pytorch_model.safetensors")
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_foreign_model_is_counted(toy_pipeline: Path) -> None:
+    found = inspect(str(toy_pipeline))
+    assert (found.json["kind"], found.json["lineage"]) == ("foreign", [])
+    assert found.json["stats"]["params"] == parameters(toy_pipeline)
+    weights = toy_pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    assert found.json["stats"]["bytes"] == weights.stat().st_size
+    assert found.json["digest"] == artifact.digest(artifact.hash_files(toy_pipeline))
+    assert found.json["directory"] == str(toy_pipeline)
+    assert "(foreign, " in shown(found)
+    assert "params" in shown(found)
+    json.dumps(found.json)
+
+
+def test_an_artifact_is_described_from_its_manifest(pruned: Path) -> None:
+    found = inspect(str(pruned))
+    assert found.json == {
+        **json.loads((pruned / "dpctl.json").read_text()),
+        "digest": artifact.digest(artifact.hash_files(pruned)),
+        "directory": str(pruned),
+    }
+    assert found.json["stats"]["params"] == parameters(pruned)
+    assert [entry["kind"] for entry in found.json["lineage"]] == ["foreign", "pruned"]
+
+
+def test_people_see_figures_lineage_and_widths(pruned: Path, toy_pipeline: Path) -> None:
+    text = shown(inspect(str(pruned)))
+    manifest = artifact.read_manifest(pruned)
+    assert manifest is not None
+    share = manifest.stats["params"] / parameters(toy_pipeline)
+    assert f"({100 * share:.1f} % of the unpruned" in text
+    assert "target params 0.5" in text
+    assert f"params {share:.4f}" in text
+    for entry in manifest.lineage:
+        assert entry["digest"][:12] in text
+    assert "this directory" in text
+    # Every group once, below its block, in the order of the network.
+    for before, after in manifest.stats["widths"].values():
+        assert f"{before} -> {after}" in text
+    assert text.count(" -> ") == len(manifest.stats["widths"]) + text.count("before -> after")
+    places = [text.index(block) for block in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0")]
+    assert places == sorted(places)
+
+
+def test_a_changed_file_is_refused(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "copy")
+    (tmp_path / "copy" / "unet" / "config.json").write_text("{}")
+    with pytest.raises(DpctlError, match="differs from its digest"):
+        inspect(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["missing", "no-such-owner/no-such-model"])
+def test_what_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(DpctlError):
+        inspect(name)
+
+
+@pytest.mark.parametrize("name", ["[red]x", "a[/b]", "[link=x]y"])
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
+    with artifact.writing(tmp_path / name.replace("/", "_")) as directory:
+        manifest = artifact.write_manifest(
+            directory,
+            kind="pruned",
+            recipe={"data": name},
+            stats={"params": 10, "widths": {"conv_in": [8, 4]}, "left_alone": {name: "a reason"}},
+            **artifact.descent(None, "0" * 64, name),
+        )
+    text = shown(report(manifest, Path(name)))
+    assert text.count(name) == 4
+
+
+@pytest.mark.parametrize(("verdict", "style"), [("passed", "green"), ("failed", "red")])
+def test_a_verdict_is_said_in_words_and_colour(verdict: str, style: str) -> None:
+    parity: dict[str, Any] = {"verdict": verdict, "worst": {"max_abs": 1.23456e-5, "timestep": 7}}
+    found = parity_report(parity)
+    assert found.json == parity
+    assert shown(found) == f"parity {verdict}: max_abs 1.23e-05, timestep 7\n"
+    assert found.renderables[0].style == style
+    assert shown(parity_report({"verdict": verdict})) == f"parity {verdict}\n"
+
+
+def test_an_artifact_with_a_verdict_shows_it(tmp_path: Path) -> None:
+    with artifact.writing(tmp_path / "out") as directory:
+        artifact.write_manifest(
+            directory, kind="exported", recipe={}, stats={}, parity={"verdict": "passed", "worst": {"max_abs": 0.5}}
+        )
+    assert "parity passed: max_abs 0.5" in shown(inspect(str(tmp_path / "out")))
+
+
+def test_a_trained_model_shows_its_steps_and_loss(tmp_path: Path) -> None:
+    with artifact.writing(tmp_path / "out") as directory:
+        artifact.write_manifest(directory, kind="trained", recipe={}, stats={"steps": 300, "loss": 0.123456})
+    assert "300 steps, loss of the last 50: 0.1235" in shown(inspect(str(tmp_path / "out")))
