@@ -66,6 +66,9 @@ demo: $(STAMP) ## the whole chain on the reference model, about five minutes; co
 
 evidence: $(STAMP) ## the long run behind docs/, hours; continues after a stop
 	$(BIN)/dpctl run examples/evidence.toml --out evidence
+	mkdir -p docs/evidence
+	cp evidence/bench/bench.json evidence/bench/*.md evidence/bench/*.png evidence/bench/*.svg docs/evidence/
+	echo "[evidence] docs/evidence/report.md; the page is evidence/bench/report.html"
 
 bench: $(STAMP) ## measure the demo's models again
 	$(BIN)/dpctl bench reference demo/finetuned --out demo/bench-again --force

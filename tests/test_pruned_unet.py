@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file
 from torch import nn
 
@@ -153,6 +154,18 @@ def test_channels_are_the_widths_of_the_layers(pruned: Path) -> None:
     assert slim.config.channels["conv_in"] == [1, 24]
     for name, expected in slim.config.channels.items():
         assert widths(slim.get_submodule(name)) == expected
+
+
+def test_attention_without_the_fused_kernel_gives_the_same(pruned: Path) -> None:
+    slim = load_model(pruned).unet
+    expected = run(slim)
+    blocks = [module for module in slim.modules() if isinstance(module, Attention)]
+    for block in blocks:
+        block.set_processor(AttnProcessor())  # it reads what the block remembers of its widths
+        assert block.inner_dim == block.inner_kv_dim == block.to_k.out_features == block.to_out[0].in_features
+        assert (block.query_dim, block.out_dim) == (block.to_q.in_features, block.to_out[0].out_features)
+    assert blocks
+    torch.testing.assert_close(run(slim), expected)
 
 
 def test_save_and_load_is_bit_equal(pruned: Path, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def warnings(result: BenchResult) -> tuple[str, ...]:
     for condition in result.conditions:
         for subject in result.subjects:
             found += _subject(result, subject, condition)
+    if any(subject.turns and not subject.memory for subject in result.subjects):
+        found.append("no peak memory: this system does not let a process reset it (/proc/self/clear_refs); use another")
     found += [f"{subject.name} is incomplete: {subject.failure}" for subject in result.subjects if subject.failure]
     return tuple(found)
 

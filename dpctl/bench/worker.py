@@ -51,8 +51,9 @@ class Subject:
     """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
 
     def __init__(self, directory: str, backend: str, scheduler: str, threads: int, seed: int) -> None:
-        self._backend, self._directory, self._seed = backend, Path(directory), seed
-        module = self._import()
+        self._directory, self._seed = Path(directory), seed
+        module = registry.load(BACKENDS, backend, "backend")
+        getattr(module, "require", lambda: None)()  # imports the backend's library, or says what is missing
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
         reset = reset_peak()
@@ -65,17 +66,6 @@ class Subject:
             "open_peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base,
             "peak_is_reset": reset,
         }
-
-    def _import(self) -> Any:
-        """Import what running the backend needs, so that the memory it takes is not counted as the subject's."""
-        import diffusers
-
-        module = registry.load(BACKENDS, self._backend, "backend")
-        getattr(module, "require", lambda: None)()
-        for name in ("UNet2DModel", "DDPMScheduler", "DDIMScheduler"):  # diffusers imports on first use
-            getattr(diffusers, name)
-        importlib.import_module("safetensors.torch")
-        return module
 
     def memory(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
         """Draw one batch and return the peak of resident memory meanwhile, beyond the imported libraries."""
@@ -161,11 +151,21 @@ def serve(requests: TextIO, replies: TextIO) -> None:
         replies.flush()
 
 
+def import_libraries() -> None:
+    """Import what any subject needs, before the memory is counted: diffusers imports most of itself on first use."""
+    import diffusers
+
+    for name in ("UNet2DModel", "DDPMScheduler", "DDIMScheduler"):
+        getattr(diffusers, name)
+    importlib.import_module("safetensors.torch")
+
+
 def main() -> None:
     """Keep the pipes for the requests alone, and give the libraries stderr and an empty stdin instead."""
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    import_libraries()
     serve(requests, replies)
 
 

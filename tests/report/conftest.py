@@ -1,0 +1,93 @@
+"""A made-up result as a real run leaves it: two models on two backends, samples, lineage."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpctl.bench.metrics import Figure
+from dpctl.bench.quality import save_samples
+from dpctl.bench.result import BenchResult, Memory, Model, Quality, Subject, Turn
+
+TRAINED = {"digest": "1" * 64, "source": "reference", "kind": "trained", "recipe": {"steps": 4000}}
+PRUNED = {"digest": "2" * 64, "source": "", "kind": "pruned", "recipe": {"criterion": "diff-pruning"}}
+FINETUNED = {"digest": "3" * 64, "source": "", "kind": "finetuned", "recipe": {"steps": 100, "from_scratch": False}}
+RECIPE = {
+    "baseline": "reference",
+    "candidates": ["runs/it's slim"],
+    "backends": ["eager", "ort"],
+    "batch_sizes": [1, 8],
+    "num_inference_steps": [20],
+    "scheduler": "ddim",
+    "rounds": 8,
+    "samples": 24,
+    "seed": 0,
+}
+
+
+def _subject(model: str, backend: str, seconds: dict[int, float]) -> Subject:
+    noise = np.random.default_rng(len(model + backend)).normal(1, 0.01, size=(9, 2))
+    turns = tuple(
+        Turn(number, size, 20, latency, (latency / 20,) * 20, (latency / 22,) * 20)
+        for number in range(9)
+        for size, latency in ((size, seconds[size] * float(noise[number, i])) for i, size in enumerate((1, 8)))
+    )
+    parity = {"verdict": "passed", "worst": {"relative_l2": 3e-7}} if backend == "ort" else None
+    memory = (Memory(1, 20_000_000), Memory(8, 50_000_000))
+    return Subject(model, backend, model, 4_000_000, parity, 0.1, 4 * 10**8, 10**7, memory, turns)
+
+
+def _figure(value: float, error: float, better: str) -> Figure:
+    replicates = tuple(float(r) for r in value + error * np.linspace(-2, 2, 41))
+    return Figure(value, value - 1.9 * error, value + 1.9 * error, 24, "real images", better, replicates)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder with the samples of `make_result`'s models: each picture of one grey, the baseline's darker."""
+    for position in (0, 1):
+        greys = np.arange(24, dtype=np.uint8).reshape(24, 1, 1, 1) + 100 * position
+        save_samples(tmp_path / f"samples/{position}-20-steps.npz", [np.broadcast_to(greys, (24, 8, 8, 1))])
+    return tmp_path
+
+
+@pytest.fixture
+def make_result() -> Callable[..., BenchResult]:
+    """Return `make_result(speed={1: 1.5, 8: 1.5}, fid=11.0, **fields)`: the slim model's speed-up and FID (else 10)."""
+
+    def make(speed: dict[int, float] | None = None, fid: float = 11.0, **fields: Any) -> BenchResult:
+        speed = speed or {1: 1.5, 8: 1.5}
+        models = (
+            Model("reference", "reference", "1" * 64, "trained", 2_730_000, 288_000_000, 10**6, 11 * 10**6, (TRAINED,)),
+            Model("slim", "runs/it's slim", "3" * 64, "finetuned", 1_400_000, 144_000_000, 10**6, 6 * 10**6,
+                  (TRAINED, PRUNED, FINETUNED)),
+        )  # fmt: skip
+        subjects = tuple(
+            _subject(
+                model, backend, {n: (1 if n == 1 else 5) * base / (speed[n] if model == "slim" else 1) for n in (1, 8)}
+            )
+            for model, backend, base in (
+                (model, backend, 0.4 if backend == "eager" else 0.3)
+                for model in ("reference", "slim")
+                for backend in ("eager", "ort")
+            )
+        )
+        scores = {"fid": _figure(fid, 0.1, "lower"), "ssim": _figure(0.8, 0.01, "higher")}
+        quality = (
+            Quality(
+                "reference", "ort", 20, "samples/0-20-steps.npz", {"fid": _figure(10.0, 0.2, "lower")}, {"ssim": "it"}
+            ),
+            Quality("slim", "ort", 20, "samples/1-20-steps.npz", scores, {}),
+        )
+        environment = {"processor": "a processor", "libraries": {"torch": "2"}, "other_processes_busy_cores": 0.1}
+        given: dict[str, Any] = {
+            "schema_version": 1, "created": "2026-01-02T03:04:05+00:00", "command": "dpctl run --out demo",
+            "recipe": RECIPE, "threads": 2, "environment": environment,
+            "features": {"about": "a small network; against 10 images", "real_images": 10},
+            "models": models, "subjects": subjects, "quality": quality, "warnings": (),
+        }  # fmt: skip
+        return BenchResult(**given | fields)
+
+    return make

@@ -1,0 +1,208 @@
+import base64
+import dataclasses
+import io
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from dpctl import report
+from dpctl.bench.result import BenchResult, read_result, write_result
+from dpctl.report import page
+
+Make = Callable[..., BenchResult]
+VOID = {"meta", "link", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """What a browser would build: open tags must be closed, and every address is collected."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def shown(result: BenchResult, width: int = 140) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(report.table(result))
+    return console.export_text()
+
+
+def test_the_terminal_shows_every_subject_and_the_verdict(make_result: Make) -> None:
+    text = shown(make_result(warnings=("the machine was busy",)))
+    flowing = " ".join(text.split())
+    assert page.verdict(make_result()) in flowing
+    assert text.count("eager") >= 4
+    assert "1.50x" in text
+    assert "10 [9.62, 10.4]" in text
+    assert "warning: the machine was busy" in flowing
+    assert "a short finetune of 100 steps (2.5 % of the training)" in flowing
+    assert "24 samples per model" in flowing
+
+
+def test_no_line_is_wider_than_the_terminal(make_result: Make) -> None:
+    assert max(len(line) for line in shown(make_result(), 100).splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "It is faster, at a price in quality."),
+        ({"fid": 10.1}, "no significant difference. It is faster, and no worse by these samples."),
+        ({"fid": 8.0}, "It is faster, and no worse by these samples."),
+        ({"speed": {1: 1.0, 8: 1.5}}, "It is faster at batch 8 only, at a price in quality."),
+        ({"speed": {1: 1.0, 8: 0.8}}, "It is not faster."),
+        ({"quality": ()}, "It is faster; its quality was not judged."),
+    ],
+)
+def test_the_verdict_says_what_was_bought(given: dict[str, Any], said: str, make_result: Make) -> None:
+    verdict = page.verdict(make_result(**given))
+    assert verdict.startswith("slim takes 50.0 % of reference's MACs; its speed in ort, relative to reference, is ")
+    assert verdict.endswith(said)
+
+
+def test_an_interval_that_holds_one_is_no_difference(make_result: Make) -> None:
+    result = make_result(speed={1: 1.0, 8: 1.5})
+    assert "not significantly different" in page.verdict(result)
+    cells = [cell for row in page.speed(result).rows for cell in row]
+    assert sum(cell.startswith("no significant difference [") for cell in cells) == 3  # slim / eager against itself too
+
+
+def test_a_model_from_random_weights_is_called_that(make_result: Make) -> None:
+    result = make_result()
+    slim = result.models[1]
+    scratch = {**slim.lineage[-1], "recipe": {"steps": 100, "from_scratch": True}}
+    result = dataclasses.replace(
+        result, models=(result.models[0], dataclasses.replace(slim, lineage=(*slim.lineage[:-1], scratch)))
+    )
+    assert any("trained from random weights for 100 steps" in line for line in page.labels(result))
+
+
+def test_the_page_needs_nothing_but_itself(make_result: Make, out: Path) -> None:
+    report.write_report(make_result(), out)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert parsed.open == []
+    assert "script" not in parsed.tags
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
+    assert "@import" not in text
+    for said in ("Pictures, 20 steps", "dpctl run --out demo", "a processor", "diff-pruning", "prefers-color-scheme"):
+        assert said in text
+
+
+def test_names_cannot_break_the_page(make_result: Make, out: Path) -> None:
+    result = make_result()
+    bad = "<script>alert(1)</script>|x"
+    models = (result.models[0], dataclasses.replace(result.models[1], name=bad))
+    subjects = tuple(s if s.model == "reference" else dataclasses.replace(s, model=bad) for s in result.subjects)
+    quality = (result.quality[0], dataclasses.replace(result.quality[1], model=bad))
+    report.write_report(dataclasses.replace(result, models=models, subjects=subjects, quality=quality), out)
+    assert "script" not in Page((out / "report.html").read_text(encoding="utf-8")).tags
+    rows = [line for line in (out / "report.md").read_text(encoding="utf-8").splitlines() if bad[:8] in line]
+    assert any(line.startswith("| <script>alert(1)</script>\\|x |") for line in rows)
+
+
+def test_the_same_noise_stands_in_one_column_the_baseline_above(make_result: Make, out: Path) -> None:
+    report.write_report(make_result(), out)
+    uris = re.findall(r'src="data:image/png;base64,([^"]+)"', (out / "report.html").read_text(encoding="utf-8"))
+    above, below = (np.array(Image.open(io.BytesIO(base64.b64decode(uri)))) for uri in uris)
+    assert above.shape == below.shape == (8, 20 * 9 - 1)
+    assert (above[:, 8::9] == 255).all()
+    for column in range(20):
+        tile = np.s_[:, column * 9 : column * 9 + 8]
+        assert (above[tile] == column).all()
+        assert (below[tile] == 100 + column).all()
+    sheet = np.array(Image.open(out / "samples-20-steps.png"))
+    assert (sheet[0, 0], sheet[12, 0]) == (0, 100)
+
+
+def test_markdown_says_the_same_and_its_pictures_are_there(make_result: Make, out: Path) -> None:
+    report.write_report(make_result(), out)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert page.verdict(make_result()) in text
+    for name in re.findall(r"!\[\w+\]\(([^)]+)\)", text):
+        assert (out / name).is_file()
+    widths = {line.count("|") for line in re.findall(r"## Speed\n\n((?:\|.*\n)+)", text)[0].splitlines()}
+    assert widths == {11}
+
+
+def test_it_is_a_function_of_the_file(make_result: Make, out: Path) -> None:
+    names = ("report.md", "report.html", "latency.svg", "samples-20-steps.png")
+    report.write_report(make_result(), out)
+    first = [(out / name).read_bytes() for name in names]
+    write_result(make_result(), out)
+    report.write_report(read_result(out / "bench.json"), out)
+    assert [(out / name).read_bytes() for name in names] == first
+
+
+def test_without_samples_and_candidates_there_is_still_a_page(make_result: Make, out: Path) -> None:
+    result = make_result()
+    alone = make_result(models=result.models[:1], subjects=result.subjects[:2], quality=(), features=None)
+    report.write_report(alone, out)
+    assert Page((out / "report.html").read_text(encoding="utf-8")).open == []
+    assert "Only the baseline" in (out / "report.md").read_text(encoding="utf-8")
+    assert shown(alone)
+
+
+def test_a_subject_without_turns_leaves_the_chart_whole(make_result: Make, out: Path) -> None:
+    result = make_result()
+    dead = dataclasses.replace(result.subjects[-1], turns=(), failure="it died")
+    report.write_report(make_result(subjects=(*result.subjects[:-1], dead)), out)
+    assert "slim / ort" in (out / "latency.svg").read_text(encoding="utf-8")
+    assert "in eager" in page.verdict(make_result(subjects=(*result.subjects[:-1], dead)))
+
+
+def test_the_command_measures_the_same_again(make_result: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from dpctl import chain, cli
+    from dpctl.recipe import BenchRecipe, to_dict
+
+    asked: list[BenchRecipe] = []
+
+    def bench(recipe: BenchRecipe, *_: Any, **__: Any) -> None:
+        asked.append(recipe)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(chain, "bench", bench)
+    words = shlex.split(page.repeat_command(make_result()))
+    assert words[0] == "dpctl"
+    CliRunner().invoke(cli.app, words[1:])
+    assert to_dict(asked[0]) == make_result().recipe | {"threads": 2}
+
+
+@pytest.mark.slow
+def test_a_browser_has_nothing_to_complain_about(make_result: Make, out: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    report.write_report(make_result(), out)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={out}/browser", (out / "report.html").as_uri()], capture_output=True
+    )
+    assert b"</html>" in done.stdout
+    assert b"CONSOLE" not in done.stderr
