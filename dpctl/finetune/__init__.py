@@ -14,7 +14,7 @@ from dpctl.diffusion import require_image_to_image
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
-from dpctl.models import Model, build_unet, load_model, read_config, resolve, save_model, write_pipeline
+from dpctl.models import Model, build_unet, load_model, read_config, resolve, save_model, unet_directory, write_pipeline
 from dpctl.recipe import FinetuneRecipe, LoopRecipe, TrainRecipe, to_dict
 
 LOSSES = "losses.json"
@@ -203,7 +203,7 @@ def _teacher(source: Model, recipe: FinetuneRecipe) -> Model | None:
 
 
 def _copy_kept(source: Model, directory: Path) -> None:
-    kept = source.directory / "unet" / "kept.safetensors"
+    kept = unet_directory(source.directory) / "kept.safetensors"
     if kept.is_file():
         shutil.copy2(kept, directory / "unet" / kept.name)
 

@@ -36,6 +36,9 @@ def prune(
     artifact.refuse_existing(out, force=force)
     source = load_model(model)
     pruned = prune_unet(source, recipe, bar=bar)
+    if not pruned.kept:
+        got = f"ratio {recipe.ratio}, align {recipe.align}: no group loses a whole step"
+        raise DpctlError("nothing would be pruned", got, "ask for a larger --ratio, or lower --align")
     with artifact.writing(out, force=force) as directory:
         save_model(directory, model=source, unet=pruned.unet)
         _save_kept(directory, source, pruned)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ def pictures(seed: int, count: int = 40, size: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, size=(count, size, size, 1), dtype=np.uint8)
 
 
+NUMBERS = itertools.count()
+
+
 class Given(FeatureSpace):
     """A space whose features are the pictures' own rows: for oracles."""
 
     def __init__(self, real: np.ndarray) -> None:
+        super().__init__(Path(str(next(NUMBERS))), Path(), "")
         statistics = Statistics(real.mean(0), np.cov(real, rowvar=False), len(real), real)
         self.__dict__["statistics"] = statistics
 

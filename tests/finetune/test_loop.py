@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -87,6 +88,23 @@ def test_stopped_and_resumed_twice_with_a_teacher_and_bf16(
     assert loop.train(cut, objective, images, wanted, folder=tmp_path / "cut", start=start) == losses
     assert same(weights(cut), weights(whole))
     assert {tensor.dtype for tensor in cut.state_dict().values()} == {torch.float32}
+
+
+def test_the_scale_of_fp16_is_part_of_a_checkpoint(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
+    # Half precision needs a GPU; its scaler does not.
+    def parts(scale: float) -> tuple[Any, EMAModel, torch.optim.AdamW, torch.amp.GradScaler]:
+        unet = make_tiny()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
+        return unet, EMAModel(unet.parameters()), torch.optim.AdamW(unet.parameters()), scaler
+
+    stopped, resumed = parts(512.0), parts(4.0)
+    stopped[3].load_state_dict(stopped[3].state_dict() | {"_growth_tracker": 5})
+    checkpoint.save(tmp_path, checkpoint.Checkpoint(1, {}, [0.5], loop._state(*stopped)))
+    start = checkpoint.newest(tmp_path)
+    assert start is not None
+    loop._restore(start, *resumed)
+    assert resumed[3].state_dict() == stopped[3].state_dict()
+    assert resumed[3].state_dict()["_growth_tracker"] == 5
 
 
 def test_a_training_depends_on_nothing_drawn_before(
@@ -250,6 +268,22 @@ def test_what_sample_i_sees_does_not_depend_on_the_batch_size(scheduler: Any, im
         first += size
     for index, tensor in enumerate(whole):
         assert torch.equal(torch.cat([part[index] for part in parts]), tensor)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(4, 6), (12, 2)])
+def test_a_step_takes_the_samples_after_those_of_the_step_before(
+    tmp_path: Path, make_tiny: Callable[..., Any], scheduler: Any, images: Images, batch_size: int, steps: int
+) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+
+    class Watching(Objective):
+        def __call__(self, unet: Any, *batch: Tensor) -> Tensor:
+            seen.append(batch)
+            return super().__call__(unet, *batch)
+
+    loop.train(make_tiny(), Watching(scheduler), images, recipe(batch_size=batch_size, steps=steps), folder=tmp_path)
+    for index, expected in enumerate(loop.draw(images, range(24), RECIPE, scheduler)):
+        assert torch.equal(torch.cat([batch[index] for batch in seen]), expected)
 
 
 def test_what_is_drawn_is_what_ddpm_draws(scheduler: Any, images: Images) -> None:

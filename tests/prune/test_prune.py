@@ -100,9 +100,10 @@ def test_a_ratio_too_small_for_any_step_changes_no_bit(toy_model: Any, tmp_path:
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50])
     with torch.no_grad():
         assert torch.equal(pruned.unet(*inputs).sample, toy_model.unet(*inputs).sample)
-    manifest = prune(str(toy_pipeline), tmp_path / "out", replace(HALF, ratio=0.001))
-    assert manifest.stats["achieved"] == {"macs": 1.0, "params": 1.0}
-    assert load_file(tmp_path / "out" / "unet" / "kept.safetensors") == {}
+    assert pruned.stats["achieved"] == {"macs": 1.0, "params": 1.0}
+    with pytest.raises(DpctlError, match="nothing would be pruned"):
+        prune(str(toy_pipeline), tmp_path / "out", replace(HALF, ratio=0.001))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_source_is_not_changed(toy_pipeline: Path, toy_model: Any, tmp_path: Path) -> None:
