@@ -103,7 +103,7 @@ class ChainRecipe:
 
     model: str = "reference"
     scratch: bool = False
-    prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(target_macs=0.5))
+    prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(target_macs=0.5, align=16))
     finetune: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe(steps=100))
     export: ExportRecipe = field(default_factory=ExportRecipe)
     bench: BenchRecipe = field(default_factory=lambda: BenchRecipe(rounds=10, samples=256))

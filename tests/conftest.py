@@ -6,7 +6,7 @@ the network.
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def _toy_unet(seed: int = 0, **changed: Any) -> Any:
                 if parameter.ndim == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
     return unet.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports made for measurements go to a cache of this test run, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def _panel(panel: Any, result: BenchResult, condition: Condition) -> None:
         colour = GREY if position == 0 else COLOURS[(position - 1) % len(COLOURS)]
         values = [turn.latency_s for turn in turns.values()]
         heights = line + np.linspace(-0.22, 0.22, len(values))
-        panel.scatter(values, heights, s=14, color=colour, alpha=0.45, linewidths=0)
+        panel.scatter(values, heights, s=14, color=colour, alpha=0.6, linewidths=0)
         panel.plot([np.median(values)] * 2, [line - 0.34, line + 0.34], color=colour, linewidth=2.5)
     panel.set_title(f"batch {condition.batch_size}, {condition.num_inference_steps} steps", loc="left", fontsize=10)
     panel.set_xlim(left=0)

@@ -46,6 +46,9 @@ def test_the_two_newest_are_kept_and_nothing_else_lies_about(tmp_path: Path) -> 
     for step in (1, 2, 9, 10, 100):
         checkpoint.save(tmp_path, make(step))
     assert names(tmp_path) == ["step-00000010.safetensors", "step-00000100.safetensors"]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 100
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

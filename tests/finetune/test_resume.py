@@ -146,6 +146,23 @@ def test_an_unfinished_run_is_neither_lost_nor_taken_up_unasked(
     assert listed(tmp_path) == ["out", "two"]
 
 
+def test_begun_again_by_force_it_goes_on_from_its_own_checkpoints(
+    tmp_path: Path, training: Callable[..., TrainRecipe], stopping: Any
+) -> None:
+    stop(tmp_path / "out", training(), stopping)
+    with stopping(2) as bar:
+        train(tmp_path / "out", training(seed=5), force=True, bar=bar)
+    assert listed(tmp_path / "out.checkpoints") == ["step-00000001.safetensors", "step-00000002.safetensors"]
+    with stopping(1) as bar:
+        train(tmp_path / "out", training(seed=6), force=True, bar=bar)
+    found = checkpoint.newest(tmp_path / "out.checkpoints")
+    assert found is not None
+    assert (found.step, found.recipe["seed"]) == (1, 6)
+    assert (
+        train(tmp_path / "out", training(seed=6), resume=True).files == train(tmp_path / "two", training(seed=6)).files
+    )
+
+
 def test_only_checkpoints_are_removed(tmp_path: Path, training: Callable[..., TrainRecipe], stopping: Any) -> None:
     folder = stop(tmp_path / "out", training(), stopping)
     (folder / "notes.txt").write_text("mine")
