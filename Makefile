@@ -68,6 +68,7 @@ evidence: $(STAMP) ## the long run behind docs/, hours; continues after a stop
 	$(BIN)/dpctl run examples/evidence.toml --out evidence
 	mkdir -p docs/evidence
 	cp evidence/bench/bench.json evidence/bench/*.md evidence/bench/*.png evidence/bench/*.svg docs/evidence/
+	sed -i 's#$(CURDIR)/##g; s#$(HOME)/#~/#g' docs/evidence/bench.json docs/evidence/report.md
 	echo "[evidence] docs/evidence/report.md; the page is evidence/bench/report.html"
 
 bench: $(STAMP) ## measure the demo's models again

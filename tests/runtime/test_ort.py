@@ -52,7 +52,7 @@ def test_whole_timesteps_of_another_type_are_converted(exported_directory: Path)
 def test_the_session_does_not_spin_and_has_the_threads_asked_for(exported_directory: Path) -> None:
     with ort.open_denoiser(exported_directory, threads=2) as denoiser:
         options = denoiser._session.get_session_options()
-        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
         assert options.intra_op_num_threads == 2
     with ort.open_denoiser(exported_directory) as denoiser:
         assert denoiser._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
