@@ -281,6 +281,8 @@ def _training(model: Model) -> str:
     steps = {entry["kind"]: entry["recipe"] for entry in model.lineage if "steps" in entry.get("recipe", {})}
     trained, finetuned = steps.get("trained"), steps.get("finetuned")
     if finetuned is None:
+        if model.kind == "pruned":
+            return "pruned, and not finetuned"
         return f"trained for {trained['steps']} steps" if trained else ""
     share = f" ({units.percent(finetuned['steps'] / trained['steps'])} of the training)" if trained else ""
     if finetuned.get("from_scratch"):
