@@ -80,7 +80,7 @@ def open_data(source: str, *, channels: int, size: tuple[int, int]) -> Images:
     if source == "reference":
         return _from_npz(REFERENCE_IMAGES, "reference", channels, size)
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():  # an empty name is a variable that was not set, not the folder one is in
         return _from_folder(path, channels, size)
     if path.is_file() and path.suffix == ".npz":
         return _from_npz(path, str(path), channels, size)
