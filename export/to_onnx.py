@@ -95,7 +95,6 @@ def write_graph(network: Network, signature: Signature, path: Path, properties: 
     (stack traces with paths) are removed, so that the same model gives the same file.
     """
     import onnx
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     # An example of batch 2: torch.export would take 1 for a constant.
     dtypes = {"float32": torch.float32, "int64": torch.int64}
@@ -113,13 +112,20 @@ def write_graph(network: Network, signature: Signature, path: Path, properties: 
             dynamic_shapes=tuple({0: axis} for _ in signature.inputs),
         )
         assert program is not None  # as it is with dynamo
-        ClearMetadataAndDocStringPass()(program.model)
+        clear_notes(program)
         version = environment.version("dpctl-diffusion") or "unknown"
         told = {"dpctl_version": version, "signature": json.dumps(signature.to_json()), **properties}
         program.model.metadata_props.update(told)
         size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
         program.save(path, external_data=size > LARGEST_GRAPH)
     onnx.checker.check_model(path, full_check=True)
+
+
+def clear_notes(program: Any) -> None:
+    """Remove the exporter's notes from an ONNX program: stack traces with the paths of this machine."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(program.model)
 
 
 def golden_of(model: Model, network: Network, signature: Signature) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def _network() -> Any:
 def _write_features(network: Any, test: Any, accuracy: float) -> None:
     import torch
 
+    from export.to_onnx import clear_notes
+
     batch = torch.export.Dim("batch", min=1, max=65536)
     program = torch.onnx.export(
         network,
@@ -155,6 +157,7 @@ def _write_features(network: Any, test: Any, accuracy: float) -> None:
         verbose=False,
     )
     assert program is not None
+    clear_notes(program)
     program.save(HERE / "features.onnx", external_data=False)
     with torch.no_grad():
         rows = torch.cat([network(part)[0] for part in test.split(500)]).double().numpy()
