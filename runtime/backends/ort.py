@@ -121,7 +121,7 @@ def _session(onnxruntime: ModuleType, graph: Path, threads: int, device: torch.d
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Threads may spin inside a run, as in production (17 % faster here), but not after it: an idle subject of a bench
+    # Threads may spin inside a run, as in production, but not after it: an idle subject of a bench
     # must not disturb the one that is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
