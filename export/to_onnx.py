@@ -18,6 +18,7 @@ from dpctl.models import Model, copy_components, read_config
 from dpctl.recipe import ExportRecipe, to_dict
 from dpctl.signature import BATCH, Signature, of_unet
 from export import verify
+from export.simplify import simplify
 from runtime.backends.ort import open_denoiser, require
 from runtime.network import Network
 
@@ -113,6 +114,7 @@ def write_graph(network: Network, signature: Signature, path: Path, properties: 
         )
         assert program is not None  # as it is with dynamo
         clear_notes(program)
+        program.model = simplify(program.model)
         version = environment.version("dpctl-diffusion") or "unknown"
         told = {"dpctl_version": version, "signature": json.dumps(signature.to_json()), **properties}
         program.model.metadata_props.update(told)

@@ -65,7 +65,7 @@ def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progre
     with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
         scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
         scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
-    plan = select(network, scores, _widths(network, scores, recipe, _unpruned(source)))
+    plan = select(network, scores, _widths(network, scores, recipe, _unpruned(source), criterion.COMPARABLE))
     kept = kept_indices(source.unet, groups, plan)
     small = slim(source.unet, kept)
     return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe, groups.left_alone))
@@ -106,14 +106,15 @@ def check(recipe: PruneRecipe) -> None:
 
 
 def _widths(
-    network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, unpruned: dict[str, int]
+    network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, unpruned: dict[str, int], comparable: bool
 ) -> dict[str, int]:
     if recipe.ratio is not None:
         return uniform(network, recipe.ratio, recipe.align)
     measure, fraction = (
         ("macs", recipe.target_macs) if recipe.target_macs is not None else ("params", recipe.target_params)
     )
-    return widths_for_target(network, scores, measure, float(fraction or 0.0) * unpruned[measure], recipe.align)
+    budget = float(fraction or 0.0) * unpruned[measure]
+    return widths_for_target(network, scores, measure, budget, recipe.align, comparable=comparable)
 
 
 def _unpruned(source: Model) -> dict[str, int]:

@@ -2,13 +2,15 @@
 
 The paper's selection: the worst channels go independently inside each GroupNorm group, an equal number in each
 (Diff-Pruning's reference code with Torch-Pruning 1.3.1). A width is therefore a multiple of the norm groups, and of
-`align` where that is wanted: a staircase, over which a MACs or parameter target is searched.
+`align` where that is wanted: a staircase. A ratio is one for all groups; a MACs or parameter target is met by taking
+single steps of that staircase, in the order of importance per cost.
 """
 
 import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dpctl.errors import DpctlError
 
@@ -24,6 +26,11 @@ class Span:
     def step(self, align: int) -> int:
         """Return the granularity of this group's width; its full width is allowed whether or not a multiple."""
         return math.lcm(self.segments, align)
+
+    def narrower(self, width: int, align: int) -> int:
+        """Return the next allowed width below `width`, or `width` itself where that is the last step."""
+        step = self.step(align)
+        return max(step, (width - 1) // step * step) if width > step else width
 
     def wider(self, width: int, align: int) -> int:
         """Return the next allowed width above `width`, or `width` itself where that is all there is."""
@@ -75,6 +82,21 @@ class Network:
         """Return the whole network's ``"macs"`` or ``"params"`` at these widths."""
         return sum(getattr(layer, measure)(widths) for layer in self.layers)
 
+    def change(self, measure: str, widths: Mapping[str, int], name: str, width: int) -> int:
+        """Return what the cost grows by (or, negative, falls by) when group `name` takes another width."""
+        changed = {**widths, name: width}
+        return sum(
+            getattr(layer, measure)(changed) - getattr(layer, measure)(widths) for layer in self._touched.get(name, ())
+        )
+
+    @cached_property
+    def _touched(self) -> dict[str, list[Layer]]:
+        touched: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            for name in {*layer.inputs.repeats, *layer.outputs.repeats}:
+                touched.setdefault(name, []).append(layer)
+        return touched
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -102,31 +124,87 @@ def uniform(network: Network, ratio: float, align: int) -> dict[str, int]:
 
 
 def widths_for_target(
-    network: Network, scores: Mapping[str, Sequence[float]], measure: str, budget: float, align: int
+    network: Network,
+    scores: Mapping[str, Sequence[float]],
+    measure: str,
+    budget: float,
+    align: int,
+    *,
+    comparable: bool = True,
 ) -> dict[str, int]:
     """Return widths whose cost (``"macs"`` or ``"params"``) is at most `budget`, and near it.
 
-    First the smallest uniform ratio that meets the target; then, as its staircase is coarse, single steps are given
-    back where they return the most importance for their cost, as long as the target holds.
+    `comparable` says that the scores of different groups are in one unit, as a Taylor criterion's are (change of the
+    loss): then the steps with the least importance per cost go, from the full width on, whichever group they are in
+    (Molchanov et al., CVPR 2017, section 3.3 charge a channel its cost likewise). Otherwise every group starts from
+    the smallest uniform ratio that meets the target. Either way single steps are given back while the target holds.
+    Raises a DpctlError for a target that is met already or out of reach, and for NaN scores.
     """
+    _check_reach(network, measure, budget, align)
+    _check_finite(network, scores)
+    if comparable:
+        widths = _take_away(network, scores, measure, budget, align)
+    else:
+        scores = {name: [value / (sum(values) or 1.0) for value in values] for name, values in scores.items()}
+        widths = _smallest_uniform(network, measure, budget, align)
+    return _give_back(network, scores, measure, budget, align, widths)
+
+
+def _check_reach(network: Network, measure: str, budget: float, align: int) -> None:
     whole = network.cost(measure, network.full())
     if whole <= budget:
         raise DpctlError(
             "the model meets the target already", f"{measure} {whole} of {budget:.0f}", "ask for a smaller target"
         )
-    ratios = sorted(
-        {0.0} | {k / n for n in {span.width // span.segments for span in network.spans} for k in range(n + 1)}
-    )
-    fitting = next((r for r in ratios if network.cost(measure, uniform(network, r, align)) <= budget), None)
-    if fitting is None:
-        floor = network.cost(measure, uniform(network, 1.0, align))
+    floor = network.cost(measure, uniform(network, 1.0, align))
+    if floor > budget:
         raise DpctlError(
             "the target cannot be reached",
             f"{measure} {budget:.0f} of {whole}; the floor with align {align} is {floor} ({floor / whole:.3f})",
             "ask for more than the floor, or lower --align",
         )
-    widths = uniform(network, fitting, align)
-    return _give_back(network, scores, measure, budget, align, widths)
+
+
+def _smallest_uniform(network: Network, measure: str, budget: float, align: int) -> dict[str, int]:
+    ratios = sorted({k / n for n in {span.width // span.segments for span in network.spans} for k in range(n + 1)})
+    plans = (uniform(network, ratio, align) for ratio in ratios)
+    return next(widths for widths in plans if network.cost(measure, widths) <= budget)
+
+
+def _take_away(
+    network: Network, scores: Mapping[str, Sequence[float]], measure: str, budget: float, align: int
+) -> dict[str, int]:
+    """Narrow single groups by single steps, the least importance per cost first, until the budget is met.
+
+    What a step saves only shrinks as its neighbours narrow, and what it costs only grows as its own group does. A
+    value in the heap is therefore never too high, and a step that is still the least when valued again is the least.
+    """
+    widths = network.full()
+    cost = network.cost(measure, widths)
+    spans = {span.name: span for span in network.spans}
+
+    def step_down(span: Span) -> tuple[float, str, int] | None:
+        narrower = span.narrower(widths[span.name], align)
+        if narrower == widths[span.name]:
+            return None
+        lost = _importance(span, scores, widths[span.name]) - _importance(span, scores, narrower)
+        return lost / max(1, -network.change(measure, widths, span.name, narrower)), span.name, narrower
+
+    heap = [entry for span in network.spans if (entry := step_down(span))]
+    heapq.heapify(heap)
+    while cost > budget:
+        entry = heapq.heappop(heap)
+        now = step_down(spans[entry[1]])
+        if now is None or (heap and now > heap[0]):
+            if now is not None:
+                heapq.heappush(heap, now)
+            continue
+        _, name, narrower = now
+        cost += network.change(measure, widths, name, narrower)
+        widths[name] = narrower
+        if (entry := step_down(spans[name])) is not None:
+            heapq.heappush(heap, entry)
+    return widths
 
 
 def _give_back(
@@ -138,41 +216,34 @@ def _give_back(
     widths: dict[str, int],
 ) -> dict[str, int]:
     """Widen single groups by single steps, the most importance per cost first, within the budget."""
+    widths = dict(widths)
     cost = network.cost(measure, widths)
-    heap = [entry for span in network.spans if (entry := _step_up(network, scores, measure, align, widths, cost, span))]
-    heapq.heapify(heap)
     spans = {span.name: span for span in network.spans}
+
+    def step_up(span: Span) -> tuple[float, str, int] | None:
+        wider = span.wider(widths[span.name], align)
+        if wider == widths[span.name]:
+            return None
+        gained = _importance(span, scores, wider) - _importance(span, scores, widths[span.name])
+        return -gained / max(1, network.change(measure, widths, span.name, wider)), span.name, wider
+
+    heap = [entry for span in network.spans if (entry := step_up(span))]
+    heapq.heapify(heap)
     while heap:
         _, name, wider = heapq.heappop(heap)
-        new_cost = network.cost(measure, widths | {name: wider})
-        if new_cost > budget:
+        added = network.change(measure, widths, name, wider)
+        if cost + added > budget:
             continue  # too dear now, and dearer later: every other width only grows
-        widths, cost = widths | {name: wider}, new_cost
-        if entry := _step_up(network, scores, measure, align, widths, cost, spans[name]):
+        widths[name], cost = wider, cost + added
+        if entry := step_up(spans[name]):
             heapq.heappush(heap, entry)
     return widths
 
 
-def _step_up(
-    network: Network,
-    scores: Mapping[str, Sequence[float]],
-    measure: str,
-    align: int,
-    widths: Mapping[str, int],
-    cost: int,
-    span: Span,
-) -> tuple[float, str, int] | None:
-    """Return (minus importance per cost, group, wider width) of the group's next step, or None at full width."""
-    wider = span.wider(widths[span.name], align)
-    if wider == widths[span.name]:
-        return None
+def _importance(span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
+    """Return the importance that a group keeps at a width."""
     values = scores[span.name]
-    whole = sum(values) or 1.0
-    gained = sum(values[i] for i in best(span, values, wider)) - sum(
-        values[i] for i in best(span, values, widths[span.name])
-    )
-    added = network.cost(measure, dict(widths) | {span.name: wider}) - cost
-    return -(gained / whole) / max(1, added), span.name, wider
+    return math.fsum(values[channel] for channel in best(span, values, width))
 
 
 def best(span: Span, scores: Sequence[float], width: int) -> tuple[int, ...]:
@@ -187,6 +258,11 @@ def best(span: Span, scores: Sequence[float], width: int) -> tuple[int, ...]:
 
 def select(network: Network, scores: Mapping[str, Sequence[float]], widths: Mapping[str, int]) -> PruningPlan:
     """Return the plan that keeps the best-scored channels at these widths. Raises a DpctlError on NaN scores."""
+    _check_finite(network, scores)
+    return PruningPlan({span.name: best(span, scores[span.name], widths[span.name]) for span in network.spans})
+
+
+def _check_finite(network: Network, scores: Mapping[str, Sequence[float]]) -> None:
     for span in network.spans:
         if not all(math.isfinite(value) for value in scores[span.name]):
             raise DpctlError(
@@ -194,4 +270,3 @@ def select(network: Network, scores: Mapping[str, Sequence[float]], widths: Mapp
                 f"group {span.name}",
                 "the model or the data holds NaN or Inf: check the weights, or use another criterion",
             )
-    return PruningPlan({span.name: best(span, scores[span.name], widths[span.name]) for span in network.spans})

@@ -149,14 +149,14 @@ def test_cost_falls_with_the_ratio(network: Network, one: float, other: float, a
     assert network.cost(measure, uniform(network, high, align)) <= network.cost(measure, uniform(network, low, align))
 
 
-@given(scored(), st.floats(0.01, 0.999), aligns, measures)
+@given(scored(), st.floats(0.01, 0.999), aligns, measures, st.booleans())
 def test_a_target_is_met_and_nothing_more_fits(
-    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str, comparable: bool
 ) -> None:
     network, scores = drawn
     budget = fraction * network.cost(measure, network.full())
     assume(network.cost(measure, uniform(network, 1.0, align)) <= budget)
-    widths = widths_for_target(network, scores, measure, budget, align)
+    widths = widths_for_target(network, scores, measure, budget, align, comparable=comparable)
     assert network.cost(measure, widths) <= budget
     for span in network.spans:
         assert allowed(span, widths[span.name], align)
@@ -164,14 +164,14 @@ def test_a_target_is_met_and_nothing_more_fits(
         assert wider == widths[span.name] or network.cost(measure, widths | {span.name: wider}) > budget
 
 
-@given(scored(), st.floats(0.01, 0.999), aligns, measures)
+@given(scored(), st.floats(0.01, 0.999), aligns, measures, st.booleans())
 def test_a_target_is_reached_exactly_when_the_floor_allows(
-    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str, comparable: bool
 ) -> None:
     network, scores = drawn
     whole, floor = (network.cost(measure, uniform(network, ratio, align)) for ratio in (0.0, 1.0))
     if fraction * whole >= floor:
-        widths_for_target(network, scores, measure, fraction * whole, align)
+        widths_for_target(network, scores, measure, fraction * whole, align, comparable=comparable)
         return
     with pytest.raises(DpctlError, match=f"cannot be reached\n.*the floor with align {align} is {floor} "):
         widths_for_target(network, scores, measure, fraction * whole, align)
@@ -201,7 +201,50 @@ EVEN = [1.0] * 8
 def test_what_is_left_goes_where_it_is_worth_most(
     network: Network, scores: Mapping[str, list[float]], budget: float, widths: dict[str, int]
 ) -> None:
+    assert widths_for_target(network, scores, "macs", budget, 1, comparable=False) == widths
+
+
+@pytest.mark.parametrize(
+    ("network", "scores", "budget", "widths"),
+    [
+        # The channels that matter least go, all from one group ...
+        (two_groups(1, 1), {"a": [0.1 * i for i in range(8)], "b": EVEN}, 11, {"a": 3, "b": 8}),
+        # ... but a dear channel goes before a cheap one that matters less.
+        (two_groups(4, 1), {"a": EVEN, "b": [0.5] * 8}, 24, {"a": 4, "b": 8}),
+        # What a last dear step saves beyond the target is given back in cheap ones.
+        (two_groups(4, 1), {"a": EVEN, "b": [0.2] * 8}, 33, {"a": 8, "b": 1}),
+    ],
+)
+def test_the_least_importance_per_cost_goes(
+    network: Network, scores: Mapping[str, list[float]], budget: float, widths: dict[str, int]
+) -> None:
     assert widths_for_target(network, scores, "macs", budget, 1) == widths
+
+
+@given(scored(), st.floats(0.05, 0.95), st.sampled_from([1, 2, 8]), measures)
+def test_taking_away_is_the_greedy_order_done_step_by_step(
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str
+) -> None:
+    """The heap with values that age gives what valuing every step anew each time gives."""
+    network, scores = drawn
+    budget = fraction * network.cost(measure, network.full())
+    assume(network.cost(measure, uniform(network, 1.0, align)) <= budget)
+    widths = network.full()
+    while network.cost(measure, widths) > budget:
+        steps = []
+        for span in network.spans:
+            narrower = span.narrower(widths[span.name], align)
+            if narrower < widths[span.name]:
+                kept = [
+                    math.fsum(scores[span.name][i] for i in best(span, scores[span.name], width))
+                    for width in (widths[span.name], narrower)
+                ]
+                saved = network.cost(measure, widths) - network.cost(measure, widths | {span.name: narrower})
+                steps.append(((kept[0] - kept[1]) / max(1, saved), span.name, narrower))
+        _, name, narrower = min(steps)
+        widths[name] = narrower
+    found = widths_for_target(network, scores, measure, budget, align)
+    assert all(found[name] >= width for name, width in widths.items())  # the rest was given back
 
 
 def test_a_target_that_the_model_meets_is_refused() -> None:

@@ -1,1 +1,5 @@
-"""Criteria of importance, one file each: a registry (see dpctl/registry.py)."""
+"""Criteria of importance, one file each: a registry (see dpctl/registry.py).
+
+A criterion module has ``score(scoring: Scoring) -> Scores``, ``NEEDS_DATA``, and ``COMPARABLE``: whether scores of
+different groups are in one unit (a change of the loss), so that a plan may weigh one group against another.
+"""

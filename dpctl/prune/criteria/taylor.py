@@ -3,6 +3,7 @@
 from dpctl.prune.importance import Scores, Scoring, first_order
 
 NEEDS_DATA = True
+COMPARABLE = True
 
 
 def score(scoring: Scoring) -> Scores:
