@@ -23,6 +23,7 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
     from dpctl import finetune as finetuning
     from dpctl import prune as pruning
 
+    check(recipe)
     digest = source_digest(recipe.model)
     pruned, finetuned, scratch = out / "pruned", out / "finetuned", out / "scratch"
     cut = _stage(
@@ -39,6 +40,17 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
     _export(recipe, finetuned, out / "exported", tuned.digest, bar)
     measured = dataclasses.replace(recipe.bench, baseline=recipe.model, candidates=tuple(candidates))
     return _bench_stage(measured, out / "bench", [out / "exported"], bar)
+
+
+def check(recipe: ChainRecipe) -> None:
+    """Raise a DpctlError for what any stage would refuse of its recipe: a mistake in the last costs no first one."""
+    from dpctl import bench, finetune, prune
+    from export.to_onnx import check as check_export
+
+    prune.check(recipe.prune)
+    finetune.check(recipe.finetune)
+    check_export(recipe.export)
+    bench.check(recipe.bench)
 
 
 def source_digest(model: str) -> str:

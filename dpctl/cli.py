@@ -36,7 +36,7 @@ ModelArgument = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe as JSON and touch nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it as JSON and touch nothing.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Data = Annotated[str, typer.Option("--data", help="A folder of images, an .npz with the array images, or reference.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
@@ -82,11 +82,13 @@ def prune(
     recipe = PruneRecipe(
         criterion, ratio, target_macs, target_params, threshold, reduction, data, images, timesteps, align, seed
     )
+    from dpctl import prune as pruning
+
     if dry_run:
+        pruning.check(recipe)
         _print_json(to_dict(recipe))
         return
     from dpctl import inspect
-    from dpctl import prune as pruning
 
     manifest = pruning.prune(model, out, recipe, force=force, bar=progress.bar)
     _print(inspect.report(manifest, out), json_)
@@ -132,10 +134,12 @@ def finetune(
         distillation=distillation,
         from_scratch=from_scratch,
     )
+    from dpctl import finetune as finetuning
+
     if dry_run:
+        finetuning.check(recipe)
         _print_json(to_dict(recipe))
         return
-    from dpctl import finetune as finetuning
     from dpctl import inspect
 
     manifest = finetuning.finetune(model, out, recipe, resume=resume, force=force, bar=progress.bar)
@@ -171,10 +175,12 @@ def train(
         seed=seed,
         config=config,
     )
+    from dpctl import finetune as finetuning
+
     if dry_run:
+        finetuning.check(recipe)
         _print_json(to_dict(recipe))
         return
-    from dpctl import finetune as finetuning
     from dpctl import inspect
 
     manifest = finetuning.train(out, recipe, resume=resume, force=force, bar=progress.bar)
@@ -268,11 +274,12 @@ def run(
 ) -> None:
     """Prune, finetune, export and measure; finished stages are skipped, a killed run goes on where it was."""
     chosen = ChainRecipe() if recipe is None else read_recipe(recipe, ChainRecipe)
-    if dry_run:
-        _print_json(to_dict(chosen))
-        return
     from dpctl import chain
 
+    if dry_run:
+        chain.check(chosen)
+        _print_json(to_dict(chosen))
+        return
     result = chain.run(chosen, out, bar=progress.bar)
     _print(chain.bench_report(result, out / "bench"), json_)
 

@@ -12,6 +12,9 @@ from dpctl.errors import DpctlError
 
 R = TypeVar("R")
 
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+TARGETS = ("ratio", "target_macs", "target_params")
+
 
 @dataclass(frozen=True)
 class LoopRecipe:
@@ -122,7 +125,18 @@ def read_recipe(path: Path, kind: type[R]) -> R:
         raise DpctlError(
             "the recipe cannot be read", f"{path}: {problem.strerror}", "give a readable TOML file"
         ) from None
-    return from_dict(kind, values, str(path))
+    return from_dict(kind, _completed(kind, values), str(path))
+
+
+def _completed(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Fill up each table with the recipe's own defaults for it: a target in the file takes the place of the default."""
+    completed = dict(values)
+    for name, default in to_dict(kind()).items():
+        table = values.get(name)
+        if isinstance(default, dict) and isinstance(table, dict):
+            replaced = TARGETS if any(target in table for target in TARGETS) else ()
+            completed[name] = {key: value for key, value in default.items() if key not in replaced} | table
+    return completed
 
 
 def from_dict(kind: type[R], values: dict[str, Any], where: str) -> R:

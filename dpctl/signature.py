@@ -37,13 +37,7 @@ class Signature:
     batch: tuple[int, int, int]
 
     def __post_init__(self) -> None:
-        low, best, high = self.batch
-        if not 1 <= low <= best <= high:
-            raise DpctlError(
-                "the batch range is not 1 <= min <= opt <= max",
-                f"{low},{best},{high}",
-                "give it as MIN,OPT,MAX, e.g. 1,8,64",
-            )
+        check_batch(self.batch)
 
     def input(self, name: str) -> Tensor:
         """Return the input called `name`."""
@@ -88,6 +82,17 @@ class Signature:
             got = f"{type(problem).__name__}: {problem}"
             raise DpctlError("the artifact's signature cannot be read", got, "export the model again") from None
         return cls(inputs, outputs, (low, best, high))
+
+
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Raise a DpctlError unless 1 <= min <= opt <= max."""
+    low, best, high = batch
+    if not 1 <= low <= best <= high:
+        raise DpctlError(
+            "the batch range is not 1 <= min <= opt <= max",
+            f"{low},{best},{high}",
+            "give it as MIN,OPT,MAX, e.g. 1,8,64",
+        )
 
 
 def of_unet(config: Mapping[str, Any], batch: tuple[int, int, int] = (1, 8, 64)) -> Signature:

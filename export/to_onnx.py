@@ -16,7 +16,7 @@ from dpctl.artifact import MANIFEST, Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, copy_components, read_config
 from dpctl.recipe import ExportRecipe, to_dict
-from dpctl.signature import BATCH, Signature, of_unet
+from dpctl.signature import BATCH, Signature, check_batch, of_unet
 from export import verify
 from export.simplify import simplify
 from runtime.backends.ort import open_denoiser, require
@@ -42,8 +42,8 @@ def export_model(
     Raises a DpctlError for what cannot be exported and a GateError where the graph and torch disagree; `out` is not
     written then.
     """
-    if precision not in PRECISIONS:
-        raise DpctlError("unknown precision", repr(precision), f"choose one of: {', '.join(PRECISIONS)}")
+    recipe = ExportRecipe(precision=precision, batch=batch)
+    check(recipe)
     require()
     signature = of_unet({**model.unet.config, "_class_name": type(model.unet).__name__}, batch)
     network = Network(model.unet).eval()
@@ -55,7 +55,7 @@ def export_model(
         manifest = artifact.write_manifest(
             directory,
             kind="exported",
-            recipe=to_dict(ExportRecipe(precision=precision, batch=batch)),
+            recipe=to_dict(recipe),
             stats=(model.manifest.stats if model.manifest is not None else {})
             | cost.stats(model.unet)
             | {"bytes": cost.file_bytes(directory)},
@@ -67,6 +67,13 @@ def export_model(
         manifest = _checked(directory, manifest)
         advance(1)
         return manifest
+
+
+def check(recipe: ExportRecipe) -> None:
+    """Raise a DpctlError for an unknown precision or an impossible batch range."""
+    if recipe.precision not in PRECISIONS:
+        raise DpctlError("unknown precision", repr(recipe.precision), f"choose one of: {', '.join(PRECISIONS)}")
+    check_batch(recipe.batch)
 
 
 def write_components(model: Model, directory: Path) -> None:

@@ -2,10 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpctl import artifact, chain
+from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe, ChainRecipe, ExportRecipe, FinetuneRecipe, PruneRecipe
 
 
@@ -104,3 +106,21 @@ def test_a_finetune_that_was_stopped_goes_on(
     # It went on after step 2 of 3: no checkpoint was written a second time.
     assert saved == []
     assert not checkpoint.folder_for(tmp_path / "out" / "finetuned").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prune": PruneRecipe(ratio=2.0)},
+        {"finetune": FinetuneRecipe(steps=0)},
+        {"export": ExportRecipe(batch=(4, 2, 1))},
+        {"bench": BenchRecipe(scheduler="ddin")},
+        {"bench": BenchRecipe(backends=("orr",))},
+    ],
+)
+def test_a_mistake_in_any_stage_stops_the_chain_before_the_first(
+    recipe: ChainRecipe, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(DpctlError):
+        chain.run(dataclasses.replace(recipe, **wrong), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

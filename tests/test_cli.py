@@ -149,7 +149,7 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path, prune
             TrainRecipe(config="c", checkpoint_every=9, seed=4),
         ),
         (("run",), ChainRecipe()),
-        (("run", "r.toml"), ChainRecipe(prune=PruneRecipe(ratio=0.25))),
+        (("run", "r.toml"), ChainRecipe(prune=PruneRecipe(ratio=0.25, align=16))),
     ],
 )
 def test_a_dry_run_prints_the_recipe_and_touches_nothing(
@@ -164,8 +164,29 @@ def test_a_dry_run_prints_the_recipe_and_touches_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "m", "--out", "o", "--ratio", "2"),
+        ("prune", "m", "--out", "o"),
+        ("finetune", "m", "--out", "o", "--steps", "0"),
+        ("train", "--out", "o", "--mixed-precision", "fp12"),
+        ("run", "bad.toml"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dpctl: Callable[..., Done], arguments: Any
+) -> None:
+    (tmp_path / "bad.toml").write_text('[bench]\nscheduler = "ddin"\n')
+    monkeypatch.chdir(tmp_path)
+    done = dpctl(*arguments, "--dry-run")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.count("\n") >= 3
+
+
 def test_the_options_defaults_are_the_recipes(dpctl: Callable[..., Done]) -> None:
-    assert json.loads(dpctl("prune", "m", "--out", "o", "--dry-run").out) == to_dict(PruneRecipe())
+    pruned = dpctl("prune", "m", "--out", "o", "--ratio", "0.5", "--dry-run")
+    assert json.loads(pruned.out) == to_dict(PruneRecipe(ratio=0.5))
     assert json.loads(dpctl("finetune", "m", "--out", "o", "--dry-run").out) == to_dict(FinetuneRecipe())
     assert json.loads(dpctl("train", "--out", "o", "--dry-run").out) == to_dict(TrainRecipe())
 

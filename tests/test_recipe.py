@@ -171,10 +171,10 @@ def test_a_toml_file_maps_onto_a_recipe(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "r.toml", ChainRecipe) == ChainRecipe(
         model="runs/base",
         scratch=True,
-        prune=PruneRecipe("magnitude", target_macs=0.4, threshold=0.0),
+        prune=PruneRecipe("magnitude", target_macs=0.4, threshold=0.0, align=16),
         finetune=FinetuneRecipe(steps=1000, learning_rate=2e-4),
         export=ExportRecipe(batch=(1, 4, 16)),
-        bench=BenchRecipe(backends=("ort",), num_inference_steps=(10, 50)),
+        bench=BenchRecipe(backends=("ort",), num_inference_steps=(10, 50), rounds=10, samples=256),
     )
 
 
@@ -210,3 +210,29 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DpctlError, match="cannot be read"):
         read_recipe(tmp_path / "file" / "r.toml", ChainRecipe)
+
+
+# --- tables of a recipe file -------------------------------------------------------------------------------------
+
+
+def chain_recipe(tmp_path: Path, text: str) -> ChainRecipe:
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    return read_recipe(tmp_path / "r.toml", ChainRecipe)
+
+
+@pytest.mark.parametrize("table", ["prune", "finetune", "export", "bench"])
+def test_a_table_with_one_entry_keeps_the_other_defaults_of_the_chain(tmp_path: Path, table: str) -> None:
+    default = getattr(ChainRecipe(), table)
+    entry = {"prune": "align = 24", "finetune": "seed = 7", "export": "batch = [1, 2, 3]", "bench": "seed = 7"}[table]
+    found = getattr(chain_recipe(tmp_path, f"[{table}]\n{entry}\n"), table)
+    name = entry.split(" ")[0]
+    assert getattr(found, name) != getattr(default, name)
+    assert dataclasses.replace(found, **{name: getattr(default, name)}) == default
+
+
+@pytest.mark.parametrize("target", ["ratio", "target_macs", "target_params"])
+def test_a_target_takes_the_place_of_the_default_one(tmp_path: Path, target: str) -> None:
+    found = chain_recipe(tmp_path, f"[prune]\n{target} = 0.25\n").prune
+    given = {name: getattr(found, name) for name in ("ratio", "target_macs", "target_params")}
+    assert {name: value for name, value in given.items() if value is not None} == {target: 0.25}
+    assert found.align == ChainRecipe().prune.align

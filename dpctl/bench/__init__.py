@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from dpctl import environment, progress
+from dpctl import environment, progress, registry
 from dpctl.bench import quality, stability, subjects
 from dpctl.bench.metrics._features import FeatureSpace, reference_space
 from dpctl.bench.process import QUIET, Worker
 from dpctl.bench.result import EAGER, SCHEMA_VERSION, BenchResult, Condition, Memory, Model, Subject, Turn, write_result
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe, to_dict
+from runtime import BACKENDS
+from runtime.schedulers import check_scheduler
 
 # Steps of the memory pass: the peak is reached in the first ones, or by a scheduler that keeps a few outputs.
 MEMORY_STEPS = 4
@@ -133,7 +135,7 @@ def run_bench(
 
 
 def check(recipe: BenchRecipe) -> None:
-    """Raise a DpctlError for numbers that cannot be measured with."""
+    """Raise a DpctlError for unknown names and for numbers that cannot be measured with."""
     lists = {
         "backends": recipe.backends,
         "batch_sizes": recipe.batch_sizes,
@@ -142,6 +144,9 @@ def check(recipe: BenchRecipe) -> None:
     for name, values in lists.items():
         if not values or len(set(values)) != len(values):
             raise DpctlError(f"{name} must name one or more different values", f"{values}", "correct the list")
+    for backend in recipe.backends:
+        registry.check(BACKENDS, backend, "backend")
+    check_scheduler(recipe.scheduler)
     numbers = (*recipe.batch_sizes, *recipe.num_inference_steps, recipe.rounds, recipe.threads or 1)
     if min(numbers) < 1 or recipe.samples < 0:
         raise DpctlError(

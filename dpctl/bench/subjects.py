@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpctl import artifact, cost, environment, progress, registry
+from dpctl import artifact, cost, environment, progress
 from dpctl.artifact import Manifest
 from dpctl.bench.result import EAGER, Model
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, resolve
 from dpctl.recipe import BenchRecipe
-from runtime import BACKENDS
 
 # Samples for the quality are drawn in batches of this size, where the exported range allows it.
 DRAWN_TOGETHER = 64
@@ -107,8 +106,6 @@ def prepare(
 
     `exported` are directories that may serve: one whose parent is the model, for all the batch sizes.
     """
-    for backend in recipe.backends:
-        registry.check(BACKENDS, backend, "backend")
     return tuple(_entry(model, backend, recipe, exported, bar) for model in models for backend in recipe.backends)
 
 

@@ -15,7 +15,7 @@ from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.models import Model, build_unet, load_model, read_config, resolve, save_model, unet_directory, write_pipeline
-from dpctl.recipe import FinetuneRecipe, LoopRecipe, TrainRecipe, to_dict
+from dpctl.recipe import MIXED_PRECISIONS, FinetuneRecipe, LoopRecipe, TrainRecipe, to_dict
 
 LOSSES = "losses.json"
 
@@ -31,7 +31,7 @@ def train(
 
     from dpctl.finetune.loss import Objective
 
-    _check(recipe)
+    check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
     scheduler = diffusers.DDPMScheduler()
@@ -59,7 +59,7 @@ def finetune(
     """
     from dpctl.finetune.loss import Objective
 
-    _check(recipe)
+    check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     source = load_model(model)
     if start is not None:
@@ -98,18 +98,17 @@ def _loop(
         return train_loop(unet, objective, images, recipe, folder=folder, start=start, parent=parent, advance=advance)
 
 
-def _check(recipe: LoopRecipe) -> None:
-    from dpctl.finetune.loop import PRECISIONS
-
+def check(recipe: LoopRecipe) -> None:
+    """Raise a DpctlError for numbers outside their ranges and an unknown precision."""
     if min(recipe.steps, recipe.batch_size, recipe.checkpoint_every) < 1:
         got = f"steps {recipe.steps}, batch size {recipe.batch_size}, checkpoint every {recipe.checkpoint_every}"
         raise DpctlError("a count is below 1", got, "give 1 or more")
     for name, inside, todo in _ranges(recipe):
         if not inside:  # NaN is inside no range
             raise DpctlError(f"the {name.replace('_', ' ')} is out of range", f"{getattr(recipe, name):g}", todo)
-    if recipe.mixed_precision not in PRECISIONS:
+    if recipe.mixed_precision not in MIXED_PRECISIONS:
         raise DpctlError(
-            "unknown mixed precision", repr(recipe.mixed_precision), f"choose one of: {', '.join(PRECISIONS)}"
+            "unknown mixed precision", repr(recipe.mixed_precision), f"choose one of: {', '.join(MIXED_PRECISIONS)}"
         )
 
 

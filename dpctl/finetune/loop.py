@@ -24,8 +24,6 @@ from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.loss import Objective
 from dpctl.recipe import LoopRecipe, to_dict
 
-PRECISIONS = ("no", "bf16", "fp16")
-
 
 def train(
     unet: Any,
