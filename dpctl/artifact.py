@@ -20,6 +20,8 @@ from dpctl import environment
 from dpctl.errors import DpctlError
 
 MANIFEST = "dpctl.json"
+# What a directory that dpctl wrote holds one of: models, benchmarks, samples.
+OURS = (MANIFEST, "bench.json", "samples.json")
 FORMAT_VERSION = 1
 KINDS = ("trained", "pruned", "finetuned", "exported")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -206,6 +208,9 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         raise DpctlError("the output is not a directory", str(out), "choose another --out")
     if out.resolve() in (Path.cwd(), *Path.cwd().parents) or out.is_mount():
         raise DpctlError("the output is where you are, or a whole disk", str(out), "choose a directory of its own")
+    if any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
+        got = f"{out} holds none of {', '.join(OURS)}"
+        raise DpctlError("--force replaces only what dpctl wrote", got, "choose another --out, or remove it yourself")
 
 
 @contextmanager

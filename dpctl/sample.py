@@ -1,5 +1,6 @@
 """`dpctl sample`: images from any model or exported directory, as a grid and one PNG each."""
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from dpctl import artifact, progress
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
 from dpctl.models import load_scheduler, resolve
+
+SAMPLES = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Wish:
 
 
 def draw(model: str, out: Path, wish: Wish, *, force: bool = False, bar: progress.Bar = progress.no_bar) -> Report:
-    """Draw `wish.count` images into `out`: grid.png and 00000.png, 00001.png, ...
+    """Draw `wish.count` images into `out`: grid.png, 00000.png, 00001.png, ... and samples.json, what was asked for.
 
     Image i depends on (seed, i) alone, not on the batch size. Raises a DpctlError for an unusable model or output.
     """
@@ -36,7 +39,9 @@ def draw(model: str, out: Path, wish: Wish, *, force: bool = False, bar: progres
         for index, image in enumerate(images):
             picture(image).save(directory / f"{index:05d}.png")
         picture(grid(images)).save(directory / "grid.png")
-    document = {"out": str(out), "model": model, **asdict(wish), "files": len(images) + 1}
+        asked = json.dumps({"model": model, **asdict(wish)}, indent=2)
+        (directory / SAMPLES).write_text(asked + "\n", encoding="utf-8")
+    document = {"out": str(out), "model": model, **asdict(wish), "files": len(images) + 2}
     return Report(document, [f"{len(images)} images and grid.png in {out}"])
 
 

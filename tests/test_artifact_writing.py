@@ -48,19 +48,29 @@ def test_the_directory_has_ordinary_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+OLD = ["bench.json", "report.md"]
+
+
+def old_benchmark(out: Path) -> Path:
+    """Make a directory that --force may replace."""
+    out.mkdir()
+    for name in OLD:
+        (out / name).touch()
+    return out
+
+
 @pytest.mark.parametrize("problem", [ValueError("x"), GateError("a", "b", "c"), KeyboardInterrupt(), SystemExit(1)])
 @pytest.mark.parametrize("force", [False, True])
 def test_an_exception_leaves_what_was_there(tmp_path: Path, problem: BaseException, force: bool) -> None:
     out = tmp_path / "out"
     if force:
-        out.mkdir()
-        (out / "old").touch()
+        old_benchmark(out)
     with pytest.raises(type(problem)), artifact.writing(out, force=force) as directory:
         write_small(directory)
         raise problem
     assert listed(tmp_path) == (["out"] if force else [])
     if force:
-        assert listed(out) == ["old"]
+        assert listed(out) == OLD
 
 
 def test_an_output_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -84,19 +94,16 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> Non
 def test_force_replaces_the_whole_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
         monkeypatch.setattr(artifact, "_exchange", lambda one, other: False)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
+    out = old_benchmark(tmp_path / "out")
     with artifact.writing(out, force=True) as directory:
         write_small(directory)
-        assert listed(out) == ["old"]
+        assert listed(out) == OLD
     assert listed(out) == ["dpctl.json", "model_index.json", "unet"]
     assert listed(tmp_path) == ["out"]
 
 
 def test_force_replaces_what_a_link_points_to(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "old").touch()
+    old_benchmark(tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
     with artifact.writing(tmp_path / "link", force=True) as directory:
         write_small(directory)
@@ -257,16 +264,14 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new(tmp_path: Path, seed: int
 @pytest.mark.parametrize(
     ("moment", "expected"),
     [
-        ("while writing", ["old"]),
-        ("before publishing", ["old"]),
+        ("while writing", OLD),
+        ("before publishing", OLD),
         ("after publishing", ["new"]),
         ("between two renames", None),
     ],
 )
 def test_killed_at_the_worst_moments(tmp_path: Path, moment: str, expected: list[str] | None) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
+    out = old_benchmark(tmp_path / "out")
     with start(SUICIDE, out, moment) as process:
         assert process.wait() == -signal.SIGKILL
     if expected is not None:
@@ -275,7 +280,7 @@ def test_killed_at_the_worst_moments(tmp_path: Path, moment: str, expected: list
     with pytest.raises(DpctlError, match="the output exists"), artifact.writing(out):
         pytest.fail("the block ran")
     assert listed(tmp_path) == ["out"]
-    assert listed(out) == (expected or ["old"])
+    assert listed(out) == (expected or OLD)
 
 
 def test_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None:
@@ -283,7 +288,27 @@ def test_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None:
     with artifact.writing(out, force=True) as first:
         (first / "first").touch()
         with artifact.writing(out, force=True) as second:
-            (second / "second").touch()
+            (second / "bench.json").touch()
         assert first.is_dir()
     assert listed(out) == ["first"]
     assert listed(tmp_path) == ["out"]
+
+
+def test_force_replaces_nothing_that_dpctl_did_not_write(tmp_path: Path) -> None:
+    out = tmp_path / "photographs"
+    out.mkdir()
+    (out / "holiday.jpg").touch()
+    with pytest.raises(DpctlError, match="only what dpctl wrote"), artifact.writing(out, force=True):
+        pytest.fail("the block ran")
+    assert listed(out) == ["holiday.jpg"]
+
+
+@pytest.mark.parametrize("held", [(), *((name, "another") for name in artifact.OURS)])
+def test_force_replaces_an_empty_directory_and_our_own(tmp_path: Path, held: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in held:
+        (out / name).touch()
+    with artifact.writing(out, force=True) as directory:
+        write_small(directory)
+    assert "another" not in listed(out)
