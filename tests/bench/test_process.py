@@ -115,7 +115,8 @@ def test_a_busy_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert started._process.returncode == -signal.SIGKILL
 
 
-def test_every_worker_has_the_same_threads_and_none_spins() -> None:
+def test_every_worker_has_the_same_threads_and_spins_for_a_moment_only() -> None:
     found = process.environment(3)
     assert (found["OMP_NUM_THREADS"], found["MKL_NUM_THREADS"]) == ("3", "3")
-    assert (found["OMP_WAIT_POLICY"], found["KMP_BLOCKTIME"], found["GOMP_SPINCOUNT"]) == ("PASSIVE", "0", "0")
+    # Not 0: threads that sleep between two layers would slow the eager baseline down.
+    assert (found["GOMP_SPINCOUNT"], found["KMP_BLOCKTIME"]) == ("20000", "1")
