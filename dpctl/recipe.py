@@ -51,7 +51,7 @@ class FinetuneRecipe(LoopRecipe):
     """`dpctl finetune`: the teacher is the pruned model's parent unless named; weight 0 switches it off."""
 
     teacher: str = "parent"
-    distillation: float = 1.0
+    distillation: float = 3.0
     from_scratch: bool = False
 
 
@@ -107,7 +107,7 @@ class ChainRecipe:
     model: str = "reference"
     scratch: bool = False
     prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(target_macs=0.5, align=16))
-    finetune: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe(steps=100))
+    finetune: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe(steps=100, learning_rate=6e-4))
     export: ExportRecipe = field(default_factory=ExportRecipe)
     bench: BenchRecipe = field(default_factory=lambda: BenchRecipe(rounds=10, samples=256))
 

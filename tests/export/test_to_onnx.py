@@ -131,12 +131,12 @@ def test_a_bare_unet_becomes_a_pipeline(plain: Any, tmp_path: Path) -> None:
 def test_an_existing_output_is_replaced_by_force_only(plain: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("kept")
+    (out / "bench.json").write_text("an earlier output of ours")
     with pytest.raises(DpctlError, match="--force"):
         export_model(plain, out)
-    assert files(out) == {"mine.txt"}
+    assert files(out) == {"bench.json"}
     export_model(plain, out, force=True)
-    assert "mine.txt" not in files(out)
+    assert "bench.json" not in files(out)
 
 
 @pytest.mark.usefixtures("instant")

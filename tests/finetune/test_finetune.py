@@ -210,16 +210,16 @@ def test_an_output_that_exists_is_refused_and_with_force_replaced(
     tmp_path: Path, training: Callable[..., TrainRecipe], refused: Any
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
+    (tmp_path / "out" / "bench.json").touch()
     with refused("output exists"):  # before anything else is looked at
         train(tmp_path / "out", training(data="missing"))
     for resume in (False, True):
         with refused("output exists"):
             train(tmp_path / "out", training(), resume=resume)
-    assert listed(tmp_path / "out") == ["mine"]
+    assert listed(tmp_path / "out") == ["bench.json"]
     train(tmp_path / "out", training(), force=True)
     assert "dpctl.json" in listed(tmp_path / "out")
-    assert "mine" not in listed(tmp_path / "out")
+    assert "bench.json" not in listed(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -349,13 +349,13 @@ def test_a_model_whose_loss_images_do_not_give_is_explained(
 
 def test_an_existing_output_is_refused_before_any_work(toy_pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
+    (tmp_path / "out" / "bench.json").touch()
     with pytest.raises(DpctlError, match="output exists"):
         prune("/no/such/model", tmp_path / "out", HALF)
-    assert files_below(tmp_path) == {"out", "out/mine"}
+    assert files_below(tmp_path) == {"out", "out/bench.json"}
     manifest: Manifest = prune(str(toy_pipeline), tmp_path / "out", HALF, force=True)
     assert artifact.read_manifest(tmp_path / "out") == manifest
-    assert "out/mine" not in files_below(tmp_path)
+    assert "out/bench.json" not in files_below(tmp_path)
 
 
 def test_a_failed_forced_run_leaves_the_old_output(toy_pipeline: Path, tmp_path: Path) -> None:
@@ -366,7 +366,10 @@ def test_a_failed_forced_run_leaves_the_old_output(toy_pipeline: Path, tmp_path:
     artifact.verify_files(tmp_path / "out", old)
 
 
-def test_a_model_can_be_replaced_by_its_slim_self(toy_pipeline: Path, tmp_path: Path) -> None:
+def test_a_model_of_ours_can_be_replaced_by_its_slim_self_and_no_other(toy_pipeline: Path, tmp_path: Path) -> None:
     model = shutil.copytree(toy_pipeline, tmp_path / "model")
-    prune(str(model), model, HALF, force=True)
-    assert load_model(model).unet.conv_in.out_channels == 16
+    with pytest.raises(DpctlError, match="only what dpctl wrote"):
+        prune(str(model), model, HALF, force=True)
+    prune(str(model), tmp_path / "slim", HALF)
+    prune(str(tmp_path / "slim"), tmp_path / "slim", replace(HALF, target_macs=None, ratio=0.5), force=True)
+    assert load_model(tmp_path / "slim").unet.conv_in.out_channels == 8
