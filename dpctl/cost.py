@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpctl.errors import DpctlError
+from dpctl.signature import of_unet, unet_arguments
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def positions(unet: Any) -> dict[str, int]:
     hooks = [m.register_forward_hook(count(name)) for name, m in unet.named_modules() if is_layer(m)]
     try:
         with torch.no_grad():
-            unet(*example_inputs(unet))
+            unet(**unet_arguments(example_inputs(unet)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,33 +74,20 @@ def width_out(module: Any) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
-def example_inputs(unet: Any, batch: int = 1) -> tuple[Any, ...]:
-    """Return the positional inputs of a forward pass at the model's own size, on its device: zeros at timestep 1.
+def example_inputs(unet: Any, batch: int = 1) -> dict[str, Tensor]:
+    """Return inputs by their names in the signature, at the model's own size and on its device.
 
-    Raises a DpctlError for a network whose inputs are not known.
+    Zeros at timestep 1. Raises a DpctlError for a network whose inputs are not known.
     """
-    if getattr(unet.config, "class_embed_type", None) is not None:
-        got = f"class_embed_type {unet.config.class_embed_type!r}"
-        raise DpctlError("the network's class input is not supported", got, "bring a model with class_embed_type null")
-    height, width = sample_size(unet.config)
+    config = unet.config
     parameter = next(unet.parameters())
-    sample = torch.zeros(batch, unet.config.in_channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    dtypes = {"float32": parameter.dtype, "int64": torch.long}
+    wanted = of_unet({**config, "_class_name": type(unet).__name__}).inputs
+    inputs = {t.name: torch.zeros(t.at(batch), dtype=dtypes[t.dtype], device=parameter.device) for t in wanted}
     # Timestep 1: the Fourier embedding takes its logarithm. A learned embedding is a table, looked up by integers.
-    learned = getattr(unet.config, "time_embedding_type", None) == "learned"
-    timestep = torch.ones(batch, device=parameter.device, dtype=torch.long if learned else torch.float32)
-    if getattr(unet.config, "num_class_embeds", None):
-        return sample, timestep, torch.zeros(batch, dtype=torch.long, device=parameter.device)
-    return sample, timestep
-
-
-def sample_size(config: Any) -> tuple[int, int]:
-    """Return (height, width) of the model's `sample_size`, which diffusers keeps as a number or a pair."""
-    size = config.sample_size
-    if size is None:
-        raise DpctlError(
-            "the network's config does not say its image size", "sample_size null", "set sample_size in its config.json"
-        )
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    learned = config.get("time_embedding_type") == "learned"
+    inputs["timestep"] = torch.ones(batch, device=parameter.device, dtype=torch.long if learned else torch.float32)
+    return inputs
 
 
 def stats(unet: Any) -> dict[str, int]:

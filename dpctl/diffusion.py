@@ -31,11 +31,16 @@ def noise_for(seed: int, indices: Sequence[int], shape: Sequence[int], stream: s
 
 def require_image_to_image(config: Any) -> None:
     """Raise a DpctlError unless a network turns a noisy image and a timestep, nothing else, into one like it."""
-    if getattr(config, "class_embed_type", None) is not None or getattr(config, "num_class_embeds", None) is not None:
+    conditions = [
+        f"{name} {config.get(name)!r}"
+        for name in ("num_class_embeds", "class_embed_type", "cross_attention_dim")
+        if config.get(name) is not None
+    ]
+    if conditions:
         raise DpctlError(
-            "a class-conditional network cannot be scored or trained",
-            f"num_class_embeds {config.num_class_embeds}, class_embed_type {config.class_embed_type!r}",
-            "bring an unconditional model: the images have no labels",
+            "a conditional network cannot be scored or trained yet",
+            ", ".join(conditions),
+            "bring an unconditional model: the images have no labels and no captions",
         )
     if config.in_channels != config.out_channels:
         raise DpctlError(

@@ -123,16 +123,17 @@ def _read_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def build_unet(config: dict[str, Any]) -> Any:
-    """Build a UNet2DModel or PrunedUNet2DModel with random weights from its config."""
+    """Build a UNet, pruned or not, with random weights from its config."""
     return _unet_class(str(config.get("_class_name")), "the given config").from_config(config)
 
 
 def _unet_class(name: str, where: str) -> Any:
     import diffusers
 
-    from dpctl.pruned_unet import PrunedUNet2DModel
+    from dpctl.pruned_unet import PrunedUNet2DConditionModel, PrunedUNet2DModel
 
-    classes = {"UNet2DModel": diffusers.UNet2DModel, "PrunedUNet2DModel": PrunedUNet2DModel}
+    families = (diffusers.UNet2DModel, diffusers.UNet2DConditionModel, PrunedUNet2DModel, PrunedUNet2DConditionModel)
+    classes = {family.__name__: family for family in families}
     if name not in classes:
         raise DpctlError(
             "this kind of network is not supported yet", f"{name} in {where}", f"bring one of: {', '.join(classes)}"

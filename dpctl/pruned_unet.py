@@ -1,4 +1,4 @@
-"""A UNet2DModel whose layers may each have a width of their own.
+"""UNet2DModel and UNet2DConditionModel with layers that may each have a width of their own.
 
 This file travels with every pruned model: stock diffusers loads the directory without dpctl installed, through
 ``DiffusionPipeline.from_pretrained(dir, trust_remote_code=True)`` or ``AutoModel.from_pretrained(dir + "/unet",
@@ -9,29 +9,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
-from diffusers.configuration_utils import register_to_config
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 Channels = dict[str, list[int]]
 
 
-class PrunedUNet2DModel(UNet2DModel):
-    """UNet2DModel(**base_config) with the layers named in `channels` narrowed.
+class _Travelling(ModelMixin, ConfigMixin):
+    """What both classes do so that stock diffusers loads and saves them with nothing but this file."""
 
-    `base_config` is the unpruned model's config (so `config.block_out_channels` stays the unpruned value);
-    `channels` maps a module's name to [in, out] of a convolution, linear layer or embedding, or to [width] of a norm.
-    """
-
-    # Stock diffusers names a custom component by its class's module: this must be the name of the file beside the
-    # weights, both in model_index.json and in auto_map, wherever the class was imported from.
-    __module__ = "pruned_unet"
     _auto_class = "AutoModel"
-
-    @register_to_config
-    def __init__(self, base_config: dict[str, Any], channels: Channels) -> None:
-        super().__init__(**{name: value for name, value in base_config.items() if not name.startswith("_")})
-        narrow(self, channels)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -70,6 +59,38 @@ class PrunedUNet2DModel(UNet2DModel):
         )
 
 
+class PrunedUNet2DModel(_Travelling, UNet2DModel):
+    """UNet2DModel(**base_config) with the layers named in `channels` narrowed.
+
+    `base_config` is the unpruned model's config (so `config.block_out_channels` stays the unpruned value);
+    `channels` maps a module's name to [in, out] of a convolution, linear layer or embedding, or to [width] of a norm.
+    """
+
+    # Stock diffusers names a custom component by its class's module: this must be the name of the file beside the
+    # weights, both in model_index.json and in auto_map, wherever the class was imported from.
+    __module__ = "pruned_unet"
+
+    @register_to_config
+    def __init__(self, base_config: dict[str, Any], channels: Channels) -> None:
+        super().__init__(**_arguments(base_config))
+        narrow(self, channels)
+
+
+class PrunedUNet2DConditionModel(_Travelling, UNet2DConditionModel):
+    """UNet2DConditionModel(**base_config) with the layers named in `channels` narrowed; as PrunedUNet2DModel."""
+
+    __module__ = "pruned_unet"
+
+    @register_to_config
+    def __init__(self, base_config: dict[str, Any], channels: Channels) -> None:
+        super().__init__(**_arguments(base_config))
+        narrow(self, channels)
+
+
+def _arguments(base_config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in base_config.items() if not name.startswith("_")}
+
+
 def narrow(unet: nn.Module, channels: Channels) -> None:
     """Replace every layer named in `channels` by one of the same kind with these widths; weights are fresh."""
     for name, widths in channels.items():
@@ -94,6 +115,8 @@ def _resized(layer: nn.Module, widths: list[int]) -> nn.Module:
         return nn.Linear(widths[0], widths[1], bias=layer.bias is not None)
     if isinstance(layer, nn.GroupNorm):
         return nn.GroupNorm(layer.num_groups, widths[0], eps=layer.eps, affine=layer.affine)
+    if isinstance(layer, nn.LayerNorm):
+        return nn.LayerNorm(widths[0], eps=layer.eps, elementwise_affine=layer.elementwise_affine)
     if isinstance(layer, nn.Embedding):
         return nn.Embedding(widths[0], widths[1])
     raise TypeError(f"cannot narrow a {type(layer).__name__}")
@@ -129,4 +152,6 @@ def widths(layer: nn.Module) -> list[int]:
         return [layer.num_embeddings, layer.embedding_dim]
     if isinstance(layer, nn.GroupNorm):
         return [layer.num_channels]
+    if isinstance(layer, nn.LayerNorm):
+        return [layer.normalized_shape[0]]
     raise TypeError(f"a {type(layer).__name__} has no widths")

@@ -12,7 +12,10 @@ from dpctl.errors import DpctlError
 BATCH = "batch"
 OUTPUT = "out_sample"
 DTYPES = ("float32", "int64")
-FAMILIES = ("UNet2DModel", "PrunedUNet2DModel")
+FAMILIES = ("UNet2DModel", "UNet2DConditionModel")
+PRUNED = "Pruned"
+# The text encoders' length in the Stable Diffusion family (CLIP); of other lengths the cost is a little different.
+TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -96,30 +99,70 @@ def check_batch(batch: tuple[int, int, int]) -> None:
 
 
 def of_unet(config: Mapping[str, Any], batch: tuple[int, int, int] = (1, 8, 64)) -> Signature:
-    """Return the signature of a UNet2DModel (pruned or not) from its config.json.
+    """Return the signature of a UNet (pruned or not) from its config.json, defaults included.
 
     `timestep` is float32, since schedulers such as Euler give fractional ones. Raises a DpctlError for an impossible
     batch range and for a network whose inputs this contract does not name.
     """
-    family, embedding, size = config.get("_class_name"), config.get("class_embed_type"), config.get("sample_size")
+    family = str(config.get("_class_name")).removeprefix(PRUNED)
     if family not in FAMILIES:
-        raise DpctlError(
-            "this kind of network cannot be exported yet", f"{family}", f"bring one of: {', '.join(FAMILIES)}"
-        )
-    if embedding is not None:
-        got = f"class_embed_type {embedding!r}"
-        raise DpctlError("this class embedding cannot be exported yet", got, "bring a model with num_class_embeds")
-    if not size:
-        raise DpctlError("the config names no sample size", f"sample_size {size!r}", "set it in unet/config.json")
-    height, width = (size, size) if isinstance(size, int) else size
+        raise DpctlError("this kind of network is not supported yet", family, f"bring one of: {', '.join(FAMILIES)}")
+    height, width = sample_size(config)
     inputs = [
         Tensor("sample", "float32", (BATCH, config["in_channels"], height, width)),
         Tensor("timestep", "float32", (BATCH,)),
     ]
+    if config.get("class_embed_type") is not None:
+        raise _unknown(config, "class_embed_type", "num_class_embeds, or none")
     if config.get("num_class_embeds") is not None:
         inputs.append(Tensor("class_labels", "int64", (BATCH,)))
+    if family == "UNet2DConditionModel":
+        inputs += _conditions(config)
     output = Tensor(OUTPUT, "float32", (BATCH, config["out_channels"], height, width))
     return Signature(tuple(inputs), (output,), batch)
+
+
+def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (height, width) of a config's `sample_size`, which diffusers keeps as a number or a pair."""
+    size = config.get("sample_size")
+    if not size:
+        raise DpctlError(
+            "the network's config does not say its image size",
+            f"sample_size {size!r}",
+            "set sample_size in its config.json",
+        )
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def unet_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments that diffusers' UNets want for inputs by their names in the signature."""
+    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    plain = {name: value for name, value in inputs.items() if name not in added}
+    return plain | {"added_cond_kwargs": added} if added else plain
+
+
+def _conditions(config: Mapping[str, Any]) -> list[Tensor]:
+    """Return the inputs that a UNet2DConditionModel has beside image, timestep and class."""
+    width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    if not isinstance(width, int):
+        width = width[0]
+    found = [Tensor("encoder_hidden_states", "float32", (BATCH, TOKENS, width))]
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        raise _unknown(config, "encoder_hid_dim_type", "none, or text_proj")
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        found += [Tensor("text_embeds", "float32", (BATCH, pooled)), Tensor("time_ids", "float32", (BATCH, 6))]
+    elif config.get("addition_embed_type") is not None:
+        raise _unknown(config, "addition_embed_type", "none, or text_time")
+    if config.get("time_cond_proj_dim") is not None:
+        found.append(Tensor("timestep_cond", "float32", (BATCH, config["time_cond_proj_dim"])))
+    return found
+
+
+def _unknown(config: Mapping[str, Any], entry: str, known: str) -> DpctlError:
+    return DpctlError(
+        "the network has an input that is not supported", f"{entry} {config[entry]!r}", f"bring a model with {known}"
+    )
 
 
 def _tensor(values: Any) -> Tensor:

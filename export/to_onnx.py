@@ -45,6 +45,9 @@ def export_model(
     recipe = ExportRecipe(precision=precision, batch=batch)
     check(recipe)
     require()
+    if model.unet.config.get("cross_attention_dim") is not None:
+        kind = type(model.unet).__name__
+        raise DpctlError("this kind of network cannot be exported yet", kind, "bring one without text: a UNet2DModel")
     signature = of_unet({**model.unet.config, "_class_name": type(model.unet).__name__}, batch)
     network = Network(model.unet).eval()
     with artifact.writing(out, force=force) as directory, bar("export", 3) as advance:

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dpctl.signature import unet_arguments
+
 
 class Network(nn.Module):
     """A UNet with the inputs and the output of `dpctl.signature`: what eager runs and what the exporter sees."""
@@ -12,8 +14,9 @@ class Network(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, **more: Tensor) -> Tensor:
         # A learned time embedding is a table: it takes whole timesteps.
         if self.unet.config.time_embedding_type == "learned":
             timestep = timestep.long()
-        return self.unet(sample, timestep, class_labels=class_labels, return_dict=False)[0]
+        conditions = unet_arguments(more)
+        return self.unet(sample, timestep, class_labels=class_labels, return_dict=False, **conditions)[0]

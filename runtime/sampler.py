@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpctl.cost import sample_size
 from dpctl.errors import DpctlError
+from dpctl.signature import sample_size
 from runtime.denoiser import Denoiser
 from runtime.noise import initial_noise, step_generators
 
@@ -75,5 +75,8 @@ def _started(scheduler: Any, num_inference_steps: int) -> Any:
 
 
 def _default_conditions(config: Any, indices: Sequence[int]) -> dict[str, Tensor]:
+    if config.get("cross_attention_dim") is not None:
+        got = f"cross_attention_dim {config.get('cross_attention_dim')}"
+        raise DpctlError("a text-conditional network cannot be sampled alone", got, "sample its diffusers pipeline")
     classes = config.get("num_class_embeds")
     return {"class_labels": torch.tensor([index % classes for index in indices])} if classes else {}

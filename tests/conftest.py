@@ -5,6 +5,7 @@ the network.
 """
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,3 +108,86 @@ def toy_model(_loaded_toy: Any) -> Any:
 def toy_unet(toy_model: Any) -> Any:
     """The network of `toy_model`."""
     return toy_model.unet
+
+
+# One toy of every family of UNets that users bring: (diffusers class, config).
+_TOY = {"layers_per_block": 1, "block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 16}
+_ATTENTION = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+_PIXELS = {"sample_size": 8, "in_channels": 3, "out_channels": 3, **_TOY, **_ATTENTION}
+_TEXT = {
+    "sample_size": 8,
+    **_TOY,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("UNet2DModel", _PIXELS | {"layers_per_block": 2, "attention_head_dim": None, "downsample_padding": 0}),
+    "ldm": (
+        "UNet2DModel",
+        _PIXELS | {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2},
+    ),
+    "class-conditional": ("UNet2DModel", _PIXELS | {"num_class_embeds": 5}),
+    "ncsnpp": (
+        "UNet2DModel",
+        _PIXELS
+        | {
+            "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+            "block_out_channels": (128, 128),  # as the real ones: 32 norm groups everywhere
+            "norm_num_groups": None,
+            "attention_head_dim": None,
+            "time_embedding_type": "fourier",
+            "mid_block_scale_factor": 1.414,
+        },
+    ),
+    "resnet-resampling": (
+        "UNet2DModel",
+        _PIXELS
+        | {
+            "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        },
+    ),
+    "scale-shift": ("UNet2DModel", _PIXELS | {"resnet_time_scale_shift": "scale_shift", "out_channels": 6}),
+    "stable-diffusion": ("UNet2DConditionModel", _TEXT),
+    "sdxl": (
+        "UNet2DConditionModel",
+        _TEXT
+        | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 4),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "transformer_layers_per_block": (1, 2),
+            "projection_class_embeddings_input_dim": 80,
+        },
+    ),
+    "inpainting": ("UNet2DConditionModel", _TEXT | {"in_channels": 9}),
+}
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, Callable[[], Any]]:
+    """Return family name -> function that builds its toy in eval mode, norms and biases random too."""
+
+    def make(kind: str, config: dict[str, Any]) -> Any:
+        import diffusers
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            unet = getattr(diffusers, kind)(**config)
+            with torch.no_grad():
+                for parameter in unet.parameters():
+                    if parameter.ndim == 1:
+                        parameter.add_(0.2 * torch.randn_like(parameter))
+        return unet.eval()
+
+    return {name: functools.partial(make, *what) for name, what in FAMILIES.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +16,7 @@ from dpctl.prune.groups import find_groups
 from dpctl.prune.network import describe
 from dpctl.prune.plan import select, uniform
 from dpctl.prune.surgery import kept_indices, slim
+from dpctl.signature import unet_arguments
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -30,7 +32,7 @@ SHAPES: list[dict[str, Any]] = [
 def counted_by_torch(unet: Any) -> int:
     """Return half of torch's FLOPs: its multiply-accumulates."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(*cost.example_inputs(unet))
+        unet(**unet_arguments(cost.example_inputs(unet)))
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2
 
@@ -100,11 +102,12 @@ def test_a_layer_that_runs_twice_costs_twice() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(1, 1, 3, padding=1)
-            self.config = type("Config", (), {"in_channels": 1, "sample_size": (4, 6)})()
+            self.config = FrozenDict(in_channels=1, out_channels=1, sample_size=(4, 6))
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return self.conv(self.conv(sample))
 
+    Twice.__name__ = "UNet2DModel"  # the signature goes by the class
     assert cost.macs(Twice()) == cost.Macs(linear=2 * 9 * 24, attention=0)
 
 
@@ -117,8 +120,8 @@ def test_example_inputs_fit(make_unet: Callable[..., Any], batch: int) -> None:
         unet = make_unet(**changed)
         inputs = cost.example_inputs(unet, batch)
         with torch.no_grad():
-            output = unet(*inputs).sample
-        assert output.shape == inputs[0].shape
+            output = unet(**unet_arguments(inputs)).sample
+        assert output.shape == inputs["sample"].shape
         assert len(output) == batch
         assert bool(output.isfinite().all())
 
@@ -126,7 +129,7 @@ def test_example_inputs_fit(make_unet: Callable[..., Any], batch: int) -> None:
 def test_fourier_embeddings_are_finite_at_the_example_timestep(make_unet: Callable[..., Any]) -> None:
     unet = make_unet(time_embedding_type="fourier")
     with torch.no_grad():
-        assert bool(unet(*cost.example_inputs(unet)).sample.isfinite().all())
+        assert bool(unet(**cost.example_inputs(unet)).sample.isfinite().all())
 
 
 def test_a_network_without_an_image_size_is_explained(make_unet: Callable[..., Any]) -> None:

@@ -145,8 +145,8 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch(make_unet: Callable[.
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_class_embeds": 10}, "class-conditional"),
-        ({"class_embed_type": "identity"}, "class-conditional"),
+        ({"num_class_embeds": 10}, "conditional network"),
+        ({"class_embed_type": "identity"}, "conditional network"),
         ({"out_channels": 2}, "no image like its input"),
     ],
 )

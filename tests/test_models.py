@@ -176,7 +176,7 @@ def config_without_class(directory: Path) -> None:
 
 
 def config_of_another_family(directory: Path) -> None:
-    change(directory / "unet" / "config.json", _class_name="UNet2DConditionModel")
+    change(directory / "unet" / "config.json", _class_name="UNet3DConditionModel")
 
 
 def config_of_other_widths(directory: Path) -> None:
@@ -253,7 +253,7 @@ DAMAGES = {
     config_is_no_text: "config is not JSON",
     config_is_a_list: "config is not a JSON object",
     config_without_class: "not a diffusers config",
-    config_of_another_family: r"not supported yet\n.*UNet2DConditionModel",
+    config_of_another_family: r"not supported yet\n.*UNet3DConditionModel",
     config_of_other_widths: "cannot be loaded",
     config_of_unknown_blocks: "cannot be loaded",
     config_of_pruning_without_channels: "cannot be loaded",

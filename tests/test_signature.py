@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpctl.errors import DpctlError
-from dpctl.signature import DTYPES, Signature, Tensor, of_unet
+from dpctl.signature import DTYPES, Signature, Tensor, of_unet, unet_arguments
 
 CONFIG: dict[str, Any] = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 2}
 
@@ -40,7 +40,7 @@ def test_a_class_conditional_pruned_unet_also_takes_labels() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"_class_name": "UNet2DConditionModel"},
+        {"_class_name": "UNet3DConditionModel"},
         {"_class_name": None},
         {"class_embed_type": "timestep"},
         {"class_embed_type": "identity"},
@@ -105,3 +105,57 @@ def test_what_is_no_signature_is_a_clean_error(change: dict[str, Any]) -> None:
 def test_what_is_no_object_is_a_clean_error(values: Any) -> None:
     with pytest.raises(DpctlError):
         Signature.from_json(values)
+
+
+# --- conditions --------------------------------------------------------------------------------------------------
+
+TEXT = CONFIG | {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 24}
+SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+
+
+def conditions(**changed: Any) -> dict[str, tuple[int | str, ...]]:
+    inputs = of_unet(TEXT | changed).inputs
+    return {tensor.name: tensor.shape for tensor in inputs if tensor.name not in ("sample", "timestep")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, {"encoder_hidden_states": ("batch", 77, 24)}),
+        ({"_class_name": "PrunedUNet2DConditionModel"}, {"encoder_hidden_states": ("batch", 77, 24)}),
+        ({"cross_attention_dim": [24, 24]}, {"encoder_hidden_states": ("batch", 77, 24)}),
+        (
+            {"encoder_hid_dim": 32, "encoder_hid_dim_type": "text_proj"},
+            {"encoder_hidden_states": ("batch", 77, 32)},
+        ),
+        (
+            SDXL,
+            {"encoder_hidden_states": ("batch", 77, 24), "text_embeds": ("batch", 32), "time_ids": ("batch", 6)},
+        ),
+        (
+            {"time_cond_proj_dim": 16, "num_class_embeds": 3},
+            {"class_labels": ("batch",), "encoder_hidden_states": ("batch", 77, 24), "timestep_cond": ("batch", 16)},
+        ),
+    ],
+)
+def test_a_text_conditional_network_names_its_conditions(changed: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert conditions(**changed) == expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"encoder_hid_dim_type": "ip_image_proj"}, {"addition_embed_type": "image"}, {"addition_embed_type": "text"}],
+)
+def test_an_input_outside_the_contract_is_named(changed: dict[str, Any]) -> None:
+    with pytest.raises(DpctlError, match=str(next(iter(changed.values())))):
+        of_unet(TEXT | changed)
+
+
+def test_unet_arguments_put_pooled_text_and_times_where_diffusers_wants_them() -> None:
+    given = {"sample": 1, "timestep": 2, "text_embeds": 3, "time_ids": 4}
+    assert unet_arguments(given) == {
+        "sample": 1,
+        "timestep": 2,
+        "added_cond_kwargs": {"text_embeds": 3, "time_ids": 4},
+    }
+    assert unet_arguments({"sample": 1}) == {"sample": 1}

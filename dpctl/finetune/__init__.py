@@ -16,6 +16,7 @@ from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.models import Model, build_unet, load_model, read_config, resolve, save_model, unet_directory, write_pipeline
 from dpctl.recipe import MIXED_PRECISIONS, FinetuneRecipe, LoopRecipe, TrainRecipe, to_dict
+from dpctl.signature import sample_size
 
 LOSSES = "losses.json"
 
@@ -140,7 +141,7 @@ def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Check
 
 def _images(unet: Any, recipe: LoopRecipe) -> Images:
     require_image_to_image(unet.config)
-    return open_data(recipe.data, channels=unet.config.in_channels, size=cost.sample_size(unet.config))
+    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 
 
 def _config(name: str) -> dict[str, Any]:

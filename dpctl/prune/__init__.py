@@ -10,6 +10,7 @@ from dpctl.errors import DpctlError
 from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
 from dpctl.recipe import PruneRecipe, to_dict
+from dpctl.signature import PRUNED, sample_size
 
 CRITERIA = "dpctl.prune.criteria"
 KEPT = "kept.safetensors"
@@ -129,20 +130,22 @@ def _unpruned(source: Model) -> dict[str, int]:
     import torch
 
     with torch.device("meta"):
-        return cost.stats(build_unet({"_class_name": "UNet2DModel"} | dict(base)).eval())
+        return cost.stats(build_unet({**base, "_class_name": type(source.unet).__name__.removeprefix(PRUNED)}).eval())
 
 
 def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
     from dpctl.data import open_data
+    from dpctl.diffusion import require_image_to_image
 
-    config = unet.config
-    if config.num_class_embeds is not None or config.in_channels != config.out_channels:
+    try:
+        require_image_to_image(unet.config)
+    except DpctlError as problem:
         raise DpctlError(
             f"the criterion {recipe.criterion} cannot score this model",
-            f"class embeddings {config.num_class_embeds}, channels in {config.in_channels}, out {config.out_channels}",
+            f"{problem.failed}: {problem.got}",
             "use --criterion magnitude or random: images alone do not give the loss of such a model",
-        )
-    return open_data(recipe.data, channels=unet.config.in_channels, size=cost.sample_size(unet.config))
+        ) from None
+    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 
 
 def _stats(

@@ -7,13 +7,16 @@ its selector averages the importance over norm groups, which is not the paper's 
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpctl.cost import example_inputs
+from dpctl.signature import unet_arguments
 
 OUT, IN = "out", "in"
 
@@ -55,16 +58,18 @@ def find_groups(unet: Any) -> Groups:
     import torch_pruning
 
     order = {module: name for name, module in unet.named_modules()}
-    with torch.enable_grad(), warnings.catch_warnings():
+    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling():
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph()
-        graph.build_dependency(unet, example_inputs(unet), output_transform=lambda output: output.sample, verbose=False)
+        inputs = unet_arguments(example_inputs(unet))
+        graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
         raw = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
     prunable, left_alone = [], {}
     for group in raw:
         name = order[group[0].dep.target.module]
         members, reason = _members(graph, group, order)
-        width, segments = len(group[0].idxs), _segments(unet, members)
+        width, members = _folded(len(group[0].idxs), members)
+        segments = _segments(unet, members)
         if reason is None and not all(_evenly(member, width) for member in members):
             reason = "a layer has only some of its channels"  # scale and shift of one norm from one layer
         if reason is None and width % segments:
@@ -74,6 +79,34 @@ def find_groups(unet: Any) -> Groups:
         else:
             left_alone[name] = reason
     return Groups(tuple(prunable), left_alone)
+
+
+@contextmanager
+def _plain_resampling() -> Iterator[None]:
+    """Show DepGraph another resampling in the place of diffusers' FIR filters, for as long as it traces.
+
+    The filters fold channels into the batch and take every second pixel, which DepGraph reads as every second channel.
+    To the channels they are what any resampling is: each on its own.
+    """
+    from diffusers.models import downsampling, resnet, upsampling
+
+    modules: tuple[Any, ...] = (downsampling, resnet, upsampling)
+    original = upsampling.upfirdn2d_native
+    for module in modules:
+        module.upfirdn2d_native = _resampled
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.upfirdn2d_native = original
+
+
+def _resampled(tensor: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
+    """Return `tensor` [B, C, H, W] in the size that `upfirdn2d_native` gives it."""
+    size = [
+        (length * up + sum(pad) - taps) // down + 1 for length, taps in zip(tensor.shape[2:], kernel.shape, strict=True)
+    ]
+    return nn.functional.interpolate(tensor, size=size)
 
 
 def _members(graph: Any, group: Any, order: dict[Any, str]) -> tuple[tuple[Member, ...], str | None]:
@@ -87,13 +120,29 @@ def _members(graph: Any, group: Any, order: dict[Any, str]) -> tuple[tuple[Membe
             continue  # concatenations, reshapes and other operations have no weights
         if order[module] == "conv_out" and graph.is_out_channel_pruning_fn(item.dep.handler):
             return (), "it is the network's output"
-        if not isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding)):
+        if not isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)):
             return (), f"a {type(module).__name__} is coupled to it"
         if isinstance(module, nn.Conv2d) and module.groups != 1:
             return (), "a grouped convolution is coupled to it"
         side = OUT if graph.is_out_channel_pruning_fn(item.dep.handler) else IN
         members.append(Member(order[module], side, tuple(item.idxs), tuple(item.root_idxs)))
     return tuple(members), None
+
+
+def _folded(width: int, members: tuple[Member, ...]) -> tuple[int, tuple[Member, ...]]:
+    """Return width and members with the halves of the first member as one, where the others have one of them.
+
+    A layer that gives two tensors at once (GEGLU's value and gate, scale and shift of a norm) holds channel c at the
+    positions c and width / 2 + c. DepGraph counts its outputs and finds the others coupled to one half.
+    """
+    half, others = width // 2, members[1:]
+    if not others or width % 2 or any(len(member.index) != half for member in others):
+        return width, members
+    if any(len({channel // half for channel in member.channel}) != 1 for member in others):
+        return width, members
+    return half, tuple(
+        Member(m.module, m.side, m.index, tuple(channel % half for channel in m.channel)) for m in members
+    )
 
 
 def _evenly(member: Member, width: int) -> bool:

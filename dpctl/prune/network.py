@@ -32,15 +32,9 @@ def has_own_weights(module: nn.Module) -> bool:
 def _layer(
     name: str, module: Any, counted: dict[str, int], repeats: dict[str, dict[str, int]], full: dict[str, int]
 ) -> Layer:
-    if isinstance(module, nn.GroupNorm):
-        return Layer(
-            name,
-            0,
-            0,
-            Side(0),
-            _side(f"{name}.out", module.num_channels, repeats, full),
-            vectors=2 if module.affine else 0,
-        )
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        vectors = sum(1 for _ in module.parameters(recurse=False))
+        return Layer(name, 0, 0, Side(0), _side(f"{name}.out", widths(module)[0], repeats, full), vectors)
     try:
         before, after = widths(module)
     except TypeError:  # a layer of an unknown kind is in no group: its cost is what it is

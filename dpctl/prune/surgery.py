@@ -1,6 +1,6 @@
 """PruningPlan + UNet -> slim UNet; ensures a forward pass.
 
-Nothing of the original is changed: the kept slices are copied into a PrunedUNet2DModel.
+Nothing of the original is changed: the kept slices are copied into a pruned class of the same family.
 """
 
 from typing import Any
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpctl import pruned_unet
 from dpctl.cost import example_inputs
 from dpctl.prune.groups import Groups
 from dpctl.prune.importance import slices
 from dpctl.prune.plan import PruningPlan
-from dpctl.pruned_unet import PrunedUNet2DModel, widths
+from dpctl.pruned_unet import widths
+from dpctl.signature import PRUNED, unet_arguments
 
 Kept = dict[str, Tensor]
 
@@ -32,8 +34,8 @@ def kept_indices(unet: Any, groups: Groups, plan: PruningPlan) -> Kept:
     return kept
 
 
-def slim(unet: Any, kept: Kept) -> PrunedUNet2DModel:
-    """Return a PrunedUNet2DModel with the kept slices of `unet`; ensures that it runs and gives finite outputs.
+def slim(unet: Any, kept: Kept) -> Any:
+    """Return the kept slices of `unet` as a pruned class of its family; ensures that it runs, with finite outputs.
 
     The slim attention divides by the root of its *new* head width; the factor that keeps the softmax temperature of
     the original is folded into to_q.
@@ -41,7 +43,8 @@ def slim(unet: Any, kept: Kept) -> PrunedUNet2DModel:
     channels = dict(getattr(unet.config, "channels", None) or {})
     channels |= {name: _new_widths(unet, name, kept) for name in sorted({key.rpartition(".")[0] for key in kept})}
     base = getattr(unet.config, "base_config", None) or {k: v for k, v in unet.config.items() if not k.startswith("_")}
-    small = PrunedUNet2DModel(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
+    kind = getattr(pruned_unet, PRUNED + type(unet).__name__.removeprefix(PRUNED))
+    small = kind(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
 
     state = dict(unet.state_dict())
     for key, index in kept.items():
@@ -86,8 +89,8 @@ def _new_widths(unet: Any, name: str, kept: Kept) -> list[int]:
 def _ensure_forward(unet: Any) -> None:
     inputs = example_inputs(unet)
     with torch.no_grad():
-        output = unet(*inputs).sample
-    if output.shape[0] != 1 or output.shape[2:] != inputs[0].shape[2:] or not bool(output.isfinite().all()):
+        output = unet(**unet_arguments(inputs)).sample
+    if output.shape[0] != 1 or output.shape[2:] != inputs["sample"].shape[2:] or not bool(output.isfinite().all()):
         raise RuntimeError(
             f"the slim network does not run: output {tuple(output.shape)}, finite {bool(output.isfinite().all())}"
         )

@@ -106,12 +106,39 @@ def test_the_same_network_gives_the_same_groups(toy_unet: Any, groups: Groups) -
     assert find_groups(toy_unet) == groups
 
 
-def test_scale_and_shift_from_one_layer_are_left_alone(make_unet: Callable[..., Any]) -> None:
-    # DepGraph ties the norm to the shift's half of time_emb_proj only: half a group cannot be cut.
-    found = find_groups(make_unet(resnet_time_scale_shift="scale_shift"))
-    reasons = {n: why for n, why in found.left_alone.items() if n.endswith("time_emb_proj")}
-    assert len(reasons) == 8
-    assert set(reasons.values()) == {"a layer has only some of its channels"}
+def test_scale_and_shift_from_one_layer_go_together(make_unet: Callable[..., Any]) -> None:
+    # DepGraph ties the norm to the shift's half of time_emb_proj only; scale and shift of one channel are one channel.
+    unet = make_unet(resnet_time_scale_shift="scale_shift")
+    found = by_name(find_groups(unet))
+    halved = {name: group for name, group in found.items() if name.endswith("time_emb_proj")}
+    assert len(halved) == 8
+    for name, group in halved.items():
+        assert group.width == unet.get_submodule(name).out_features // 2
+        assert group.segments == 8
+        both, *others = group.members
+        assert both.channel == (*range(group.width), *range(group.width))
+        assert all(member.channel == tuple(range(group.width)) for member in others)
+
+
+def test_value_and_gate_of_a_feed_forward_go_together(families: dict[str, Callable[[], Any]]) -> None:
+    unet = families["stable-diffusion"]()
+    found = by_name(find_groups(unet))
+    halved = {name: group for name, group in found.items() if name.endswith("ff.net.0.proj")}
+    assert len(halved) == 4
+    for name, group in halved.items():
+        value_and_gate, down = group.members
+        assert group.width == unet.get_submodule(name).out_features // 2
+        assert value_and_gate.channel == (*range(group.width), *range(group.width))
+        assert (down.module, down.side, down.channel) == (name.replace("0.proj", "2"), "in", tuple(range(group.width)))
+
+
+def test_resampling_by_a_filter_keeps_channels_apart(families: dict[str, Callable[[], Any]]) -> None:
+    from diffusers.models import downsampling, resnet, upsampling
+
+    original = upsampling.upfirdn2d_native
+    found = find_groups(families["ncsnpp"]())
+    assert found.left_alone == {"conv_out": "it is the network's output"}
+    assert all(module.upfirdn2d_native is original for module in (downsampling, resnet, upsampling))
 
 
 def test_a_bare_parameter_is_left_alone(toy_unet: Any) -> None:
