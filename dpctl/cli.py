@@ -50,6 +50,13 @@ EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the expon
 CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
 
+Scope = Annotated[
+    str, typer.Option("--scope", help="local (one ratio for every group), global (one ranking over all) or auto.")
+]
+Floor = Annotated[float, typer.Option("--floor", help="Fraction of its channels that each group keeps, scope global.")]
+Keep = Annotated[str, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
+Only = Annotated[str, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")]
+
 
 @app.command()
 def prune(
@@ -73,6 +80,10 @@ def prune(
     images: Annotated[int, typer.Option(help="Images that the gradients are taken on.")] = PRUNE.images,
     timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
     align: Annotated[int, typer.Option(help="Every width is a multiple of this and of the norm groups.")] = PRUNE.align,
+    scope: Scope = PRUNE.scope,
+    floor: Floor = PRUNE.floor,
+    keep: Keep = "",
+    only: Only = "",
     seed: Seed = PRUNE.seed,
     force: Force = False,
     dry_run: DryRun = False,
@@ -80,7 +91,21 @@ def prune(
 ) -> None:
     """Cut channels out of a model's UNet; the result loads in stock diffusers."""
     recipe = PruneRecipe(
-        criterion, ratio, target_macs, target_params, threshold, reduction, data, images, timesteps, align, seed
+        criterion=criterion,
+        ratio=ratio,
+        target_macs=target_macs,
+        target_params=target_params,
+        threshold=threshold,
+        reduction=reduction,
+        data=data,
+        images=images,
+        timesteps=timesteps,
+        align=align,
+        scope=scope,
+        floor=floor,
+        keep=_names(keep),
+        only=_names(only),
+        seed=seed,
     )
     from dpctl import prune as pruning
 
@@ -248,7 +273,7 @@ def bench(
     recipe = BenchRecipe(
         baseline=baseline,
         candidates=tuple(candidates),
-        backends=tuple(name.strip() for name in backend.split(",") if name.strip()),
+        backends=_names(backend),
         batch_sizes=_integers(batch_size, "--batch-size"),
         num_inference_steps=_integers(num_inference_steps, "--num-inference-steps"),
         scheduler=scheduler,
@@ -342,6 +367,11 @@ def _console() -> Any:
 
     # A pipe has no width of its own: 80 columns would fold the tables of every log. No markup: a path may hold [a].
     return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Parse ``eager,ort``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:

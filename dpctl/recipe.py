@@ -14,6 +14,7 @@ R = TypeVar("R")
 
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 TARGETS = ("ratio", "target_macs", "target_params")
+SCOPES = ("auto", "local", "global")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class FinetuneRecipe(LoopRecipe):
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """`dpctl prune`: exactly one of ratio, target_macs and target_params is set."""
+    """`dpctl prune`: exactly one of ratio, target_macs and target_params is set.
+
+    `scope` is local (one ratio for every group), global (one ranking over the network, of which each group keeps the
+    fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
+    `keep` and `only` are globs over module names.
+    """
 
     criterion: str = "diff-pruning"
     ratio: float | None = None
@@ -69,6 +75,10 @@ class PruneRecipe:
     images: int = 64
     timesteps: int = 50
     align: int = 8
+    scope: str = "auto"
+    floor: float = 0.0
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     seed: int = 0
 
 

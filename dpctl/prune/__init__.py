@@ -9,7 +9,7 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
-from dpctl.recipe import PruneRecipe, to_dict
+from dpctl.recipe import SCOPES, PruneRecipe, to_dict
 from dpctl.signature import PRUNED, sample_size
 
 CRITERIA = "dpctl.prune.criteria"
@@ -54,13 +54,13 @@ def prune(
 
 def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
     """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
-    from dpctl.prune.groups import find_groups
+    from dpctl.prune.groups import find_groups, restrict
     from dpctl.prune.importance import Scoring
     from dpctl.prune.network import describe
     from dpctl.prune.surgery import kept_indices, slim
 
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
-    groups = find_groups(source.unet)
+    groups = restrict(find_groups(source.unet), recipe.keep, recipe.only)
     network = describe(source.unet, groups)
     images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
     with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
@@ -99,6 +99,10 @@ def check(recipe: PruneRecipe) -> None:
             f"align {recipe.align}, images {recipe.images}, timesteps {recipe.timesteps}",
             "give 1 or more",
         )
+    if not 0.0 <= recipe.floor < 1.0:
+        raise DpctlError("--floor is outside [0, 1)", f"{recipe.floor:g}", "give the fraction that each group keeps")
+    if recipe.scope not in SCOPES:
+        raise DpctlError("unknown scope", repr(recipe.scope), f"choose one of: {', '.join(SCOPES)}")
     from dpctl.prune.importance import REDUCTIONS
 
     if recipe.reduction not in REDUCTIONS:
@@ -109,13 +113,19 @@ def check(recipe: PruneRecipe) -> None:
 def _widths(
     network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, unpruned: dict[str, int], comparable: bool
 ) -> dict[str, int]:
-    if recipe.ratio is not None:
+    if recipe.ratio is not None and recipe.scope != "global":
         return uniform(network, recipe.ratio, recipe.align)
-    measure, fraction = (
-        ("macs", recipe.target_macs) if recipe.target_macs is not None else ("params", recipe.target_params)
+    if recipe.ratio is not None:
+        measure, budget = "channels", (1.0 - recipe.ratio) * network.cost("channels", network.full())
+    elif recipe.target_macs is not None:
+        measure, budget = "macs", recipe.target_macs * unpruned["macs"]
+    else:
+        measure, budget = "params", (recipe.target_params or 0.0) * unpruned["params"]
+    automatic = "global" if comparable else "local"
+    scope = automatic if recipe.scope == "auto" else recipe.scope
+    return widths_for_target(
+        network, scores, measure, budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
     )
-    budget = float(fraction or 0.0) * unpruned[measure]
-    return widths_for_target(network, scores, measure, budget, recipe.align, comparable=comparable)
 
 
 def _unpruned(source: Model) -> dict[str, int]:

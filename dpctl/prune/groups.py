@@ -7,15 +7,17 @@ its selector averages the importance over norm groups, which is not the paper's 
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpctl.cost import example_inputs
+from dpctl.errors import DpctlError
 from dpctl.signature import unet_arguments
 
 OUT, IN = "out", "in"
@@ -79,6 +81,33 @@ def find_groups(unet: Any) -> Groups:
         else:
             left_alone[name] = reason
     return Groups(tuple(prunable), left_alone)
+
+
+def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups:
+    """Leave alone the groups that a glob of `keep` names, and those that none of `only` names where that is given.
+
+    A glob names a group by any module whose outputs are among its channels. Raises a DpctlError for one that names
+    none.
+    """
+    produced = {g.name: [m.module for m in g.members if m.side == OUT] for g in groups.prunable}
+    for pattern in (*keep, *only):
+        if not any(fnmatchcase(module, pattern) for modules in produced.values() for module in modules):
+            near = ", ".join(sorted({name.partition(".")[0] for name in produced}))
+            raise DpctlError("a pattern names no module that can be pruned", repr(pattern), f"there are: {near}")
+
+    def named(group: ChannelGroup, patterns: Sequence[str]) -> str | None:
+        return next((p for p in patterns for module in produced[group.name] if fnmatchcase(module, p)), None)
+
+    left_alone = dict(groups.left_alone)
+    for group in groups.prunable:
+        if (kept_by := named(group, keep)) is not None:
+            left_alone[group.name] = f"kept by {kept_by}"
+        elif only and named(group, only) is None:
+            left_alone[group.name] = "not among those asked for"
+    prunable = tuple(group for group in groups.prunable if group.name not in left_alone)
+    if not prunable:
+        raise DpctlError("no group is left to prune", f"keep {list(keep)}, only {list(only)}", "name fewer, or others")
+    return Groups(prunable, left_alone)
 
 
 @contextmanager
@@ -158,6 +187,11 @@ def _segments(unet: Any, members: tuple[Member, ...]) -> int:
         module = unet.get_submodule(member.module)
         if isinstance(module, nn.GroupNorm):
             parts = math.lcm(parts, module.num_groups)
-        if member.side == OUT and member.module.endswith((".to_q", ".to_k", ".to_v")):
+        if _is_inner(member):
             parts = math.lcm(parts, unet.get_submodule(member.module.rpartition(".")[0]).heads)
     return parts
+
+
+def _is_inner(member: Member) -> bool:
+    """Tell whether a member is the inner width of an attention, which its heads share."""
+    return member.side == OUT and member.module.endswith((".to_q", ".to_k", ".to_v"))

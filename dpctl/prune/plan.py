@@ -79,11 +79,15 @@ class Network:
         return {span.name: span.width for span in self.spans}
 
     def cost(self, measure: str, widths: Mapping[str, int]) -> int:
-        """Return the whole network's ``"macs"`` or ``"params"`` at these widths."""
+        """Return the whole network's ``"macs"``, ``"params"`` or ``"channels"`` at these widths."""
+        if measure == "channels":
+            return sum(widths.values())
         return sum(getattr(layer, measure)(widths) for layer in self.layers)
 
     def change(self, measure: str, widths: Mapping[str, int], name: str, width: int) -> int:
         """Return what the cost grows by (or, negative, falls by) when group `name` takes another width."""
+        if measure == "channels":
+            return width - widths[name]
         changed = {**widths, name: width}
         return sum(
             getattr(layer, measure)(changed) - getattr(layer, measure)(widths) for layer in self._touched.get(name, ())
@@ -130,38 +134,44 @@ def widths_for_target(
     budget: float,
     align: int,
     *,
+    scope: str = "global",
     comparable: bool = True,
+    floor: float = 0.0,
 ) -> dict[str, int]:
-    """Return widths whose cost (``"macs"`` or ``"params"``) is at most `budget`, and near it.
+    """Return widths whose cost (``"macs"``, ``"params"`` or ``"channels"``) is at most `budget`, and near it.
 
-    `comparable` says that the scores of different groups are in one unit, as a Taylor criterion's are (change of the
-    loss): then the steps with the least importance per cost go, from the full width on, whichever group they are in
-    (Molchanov et al., CVPR 2017, section 3.3 charge a channel its cost likewise). Otherwise every group starts from
-    the smallest uniform ratio that meets the target. Either way single steps are given back while the target holds.
+    `scope` ``"global"``: the steps with the least importance per cost go, from the full width on, whichever group they
+    are in (Molchanov et al., ICLR 2017, charge a channel its cost likewise), but of each group the fraction `floor`
+    stays. ``"local"``: every group starts from the smallest uniform ratio that meets the target. Either way single
+    steps are given back while the target holds. `comparable` says that the scores of different groups are in one unit,
+    as a Taylor criterion's are; where they are not, each group's are divided by their sum.
     Raises a DpctlError for a target that is met already or out of reach, and for NaN scores.
     """
-    _check_reach(network, measure, budget, align)
     _check_finite(network, scores)
-    if comparable:
-        widths = _take_away(network, scores, measure, budget, align)
-    else:
+    least = {s.name: width_at(s, 1.0 - floor, align) if scope == "global" else s.step(align) for s in network.spans}
+    least = {span.name: min(span.width, least[span.name]) for span in network.spans}
+    _check_reach(network, measure, budget, align, least)
+    if not comparable or scope == "local":
         scores = {name: [value / (sum(values) or 1.0) for value in values] for name, values in scores.items()}
+    if scope == "global":
+        widths = _take_away(network, scores, measure, budget, align, least)
+    else:
         widths = _smallest_uniform(network, measure, budget, align)
     return _give_back(network, scores, measure, budget, align, widths)
 
 
-def _check_reach(network: Network, measure: str, budget: float, align: int) -> None:
+def _check_reach(network: Network, measure: str, budget: float, align: int, least: Mapping[str, int]) -> None:
     whole = network.cost(measure, network.full())
     if whole <= budget:
         raise DpctlError(
             "the model meets the target already", f"{measure} {whole} of {budget:.0f}", "ask for a smaller target"
         )
-    floor = network.cost(measure, uniform(network, 1.0, align))
+    floor = network.cost(measure, least)
     if floor > budget:
         raise DpctlError(
             "the target cannot be reached",
             f"{measure} {budget:.0f} of {whole}; the floor with align {align} is {floor} ({floor / whole:.3f})",
-            "ask for more than the floor, or lower --align",
+            "ask for more than the floor, or lower --align or --floor",
         )
 
 
@@ -172,7 +182,12 @@ def _smallest_uniform(network: Network, measure: str, budget: float, align: int)
 
 
 def _take_away(
-    network: Network, scores: Mapping[str, Sequence[float]], measure: str, budget: float, align: int
+    network: Network,
+    scores: Mapping[str, Sequence[float]],
+    measure: str,
+    budget: float,
+    align: int,
+    least: Mapping[str, int],
 ) -> dict[str, int]:
     """Narrow single groups by single steps, the least importance per cost first, until the budget is met.
 
@@ -185,7 +200,7 @@ def _take_away(
 
     def step_down(span: Span) -> tuple[float, str, int] | None:
         narrower = span.narrower(widths[span.name], align)
-        if narrower == widths[span.name]:
+        if narrower == widths[span.name] or narrower < least[span.name]:
             return None
         lost = _importance(span, scores, widths[span.name]) - _importance(span, scores, narrower)
         return lost / max(1, -network.change(measure, widths, span.name, narrower)), span.name, narrower

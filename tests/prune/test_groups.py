@@ -9,28 +9,41 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from dpctl import cost
-from dpctl.prune.groups import ChannelGroup, Groups, find_groups
+from dpctl.errors import DpctlError
+from dpctl.prune.groups import ChannelGroup, Groups, find_groups, restrict
 from dpctl.prune.network import describe
 from dpctl.prune.plan import select, uniform
 from dpctl.prune.surgery import kept_indices, slim
 from dpctl.pruned_unet import PrunedUNet2DModel
 
-# FIELD: the paper's CIFAR-10 network.
-CIFAR = {
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 2,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": None,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-6,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "act_fn": "silu",
-    "downsample_padding": 0,
+
+def paper_config(size: int, widths: tuple[int, ...], attention: int) -> dict[str, Any]:
+    """Return the config of a network of the paper, with attention at one level."""
+    levels = range(len(widths))
+    return {
+        "sample_size": size,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 2,
+        "block_out_channels": widths,
+        "down_block_types": tuple("AttnDownBlock2D" if level == attention else "DownBlock2D" for level in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if level == attention else "UpBlock2D" for level in reversed(levels)),
+        "attention_head_dim": None,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-6,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "act_fn": "silu",
+        "downsample_padding": 0,
+    }
+
+
+# The paper's networks: config, (parameters, MACs) before and after "ratio 0.3". CIFAR-10 and CelebA-HQ are its tables 1
+# and 2, LSUN is from a later paper's table (IGSM).
+PAPER = {
+    "cifar-10": (paper_config(32, (128, 256, 256, 256), 1), (35.7463e6, 6.1e9), (19.8512e6, 3.3928e9)),
+    "celeba-64": (paper_config(64, (128, 256, 256, 256, 512), 2), (78.7e6, 23.9e9), (43.7e6, 13.3e9)),
+    "lsun-256": (paper_config(256, (128, 128, 256, 256, 512, 512), 4), (113.7e6, 248.7e9), (63.2e6, 138.8e9)),
 }
 
 
@@ -157,6 +170,38 @@ def test_a_bare_parameter_is_left_alone(toy_unet: Any) -> None:
     assert "conv_in.conv" not in by_name(found)
 
 
+# --- what may be cut ---------------------------------------------------------------------------------------------
+
+
+def test_keep_leaves_every_group_alone_that_it_names(toy_unet: Any, groups: Groups) -> None:
+    found = restrict(groups, ["mid_block.*", "*.to_v"], [])
+    gone = {name: why for name, why in found.left_alone.items() if name not in groups.left_alone}
+    assert {g.name for g in groups.prunable} == {g.name for g in found.prunable} | gone.keys()
+    assert set(gone.values()) == {"kept by mid_block.*", "kept by *.to_v"}
+    for group in found.prunable:
+        produced = [m.module for m in group.members if m.side == "out"]
+        assert not any(module.startswith("mid_block.") or module.endswith(".to_v") for module in produced)
+
+
+def test_only_leaves_all_others_alone(groups: Groups) -> None:
+    found = restrict(groups, [], ["mid_block.resnets.?.conv1"])
+    assert {group.name for group in found.prunable} == {"mid_block.resnets.0.conv1", "mid_block.resnets.1.conv1"}
+    assert len(found.left_alone) == len(groups.prunable) - 2 + 1
+
+
+def test_keep_wins_over_only(groups: Groups) -> None:
+    found = restrict(groups, ["*.resnets.0.conv1"], ["mid_block.resnets.?.conv1"])
+    assert [group.name for group in found.prunable] == ["mid_block.resnets.1.conv1"]
+
+
+@pytest.mark.parametrize(("keep", "only"), [(["nosuch.*"], []), ([], ["mid_block.typo"]), (["*"], [])])
+def test_a_pattern_that_names_nothing_or_leaves_nothing_is_explained(
+    groups: Groups, keep: list[str], only: list[str]
+) -> None:
+    with pytest.raises(DpctlError, match="names no module|no group is left"):
+        restrict(groups, keep, only)
+
+
 # --- the price ---------------------------------------------------------------------------------------------------
 
 
@@ -172,18 +217,21 @@ def test_the_price_is_the_slim_networks(toy_unet: Any, groups: Groups, ratio: fl
 
 
 @pytest.mark.parametrize("align", [1, 8])
-def test_the_papers_cifar_network_at_ratio_three_tenths(align: int) -> None:
-    # Table 1 of the paper: 35.7M and 6.1G become 19.8512M and 3.3928G. On the meta device nothing is computed.
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_networks_at_ratio_three_tenths(name: str, align: int) -> None:
+    # On the meta device nothing is computed.
+    config, before, after = PAPER[name]
     with torch.device("meta"):
-        unet = UNet2DModel(**CIFAR).eval()
+        unet = UNet2DModel(**config).eval()
     groups = find_groups(unet)
     network = describe(unet, groups)
-    assert network.cost("params", network.full()) == pytest.approx(35.7463e6, rel=1e-5)
-    assert network.cost("macs", network.full()) == pytest.approx(6.1e9, rel=0.01)
+    assert network.cost("params", network.full()) == pytest.approx(before[0], rel=0.001)
+    assert network.cost("macs", network.full()) == pytest.approx(before[1], rel=0.01)
     widths = uniform(network, 0.3, align)
-    assert {(span.width, widths[span.name]) for span in network.spans if span.segments == 32} == {(128, 96), (256, 192)}
-    assert network.cost("params", widths) == pytest.approx(19.8512e6, rel=0.01)
-    assert network.cost("macs", widths) == pytest.approx(3.3928e9, rel=0.01)
+    normed = {(span.width, widths[span.name]) for span in network.spans if span.segments == 32}
+    assert normed <= {(128, 96), (256, 192), (512, 384)}
+    assert network.cost("params", widths) == pytest.approx(after[0], rel=0.01)
+    assert network.cost("macs", widths) == pytest.approx(after[1], rel=0.01)
 
     # The price is what the slim network counts.
     scores = {span.name: [1.0] * span.width for span in network.spans}

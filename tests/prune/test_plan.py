@@ -17,7 +17,8 @@ spans = st.builds(
 )
 aligns = st.sampled_from([1, 2, 3, 8, 16])
 ratios = st.floats(0.0, 1.0)
-measures = st.sampled_from(["macs", "params"])
+measures = st.sampled_from(["macs", "params", "channels"])
+scopes = st.sampled_from(["local", "global"])
 
 
 @st.composite
@@ -149,14 +150,19 @@ def test_cost_falls_with_the_ratio(network: Network, one: float, other: float, a
     assert network.cost(measure, uniform(network, high, align)) <= network.cost(measure, uniform(network, low, align))
 
 
-@given(scored(), st.floats(0.01, 0.999), aligns, measures, st.booleans())
+@given(scored(), st.floats(0.01, 0.999), aligns, measures, scopes, st.booleans())
 def test_a_target_is_met_and_nothing_more_fits(
-    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str, comparable: bool
+    drawn: tuple[Network, dict[str, list[float]]],
+    fraction: float,
+    align: int,
+    measure: str,
+    scope: str,
+    comparable: bool,
 ) -> None:
     network, scores = drawn
     budget = fraction * network.cost(measure, network.full())
     assume(network.cost(measure, uniform(network, 1.0, align)) <= budget)
-    widths = widths_for_target(network, scores, measure, budget, align, comparable=comparable)
+    widths = widths_for_target(network, scores, measure, budget, align, scope=scope, comparable=comparable)
     assert network.cost(measure, widths) <= budget
     for span in network.spans:
         assert allowed(span, widths[span.name], align)
@@ -164,14 +170,14 @@ def test_a_target_is_met_and_nothing_more_fits(
         assert wider == widths[span.name] or network.cost(measure, widths | {span.name: wider}) > budget
 
 
-@given(scored(), st.floats(0.01, 0.999), aligns, measures, st.booleans())
+@given(scored(), st.floats(0.01, 0.999), aligns, measures, scopes)
 def test_a_target_is_reached_exactly_when_the_floor_allows(
-    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str, comparable: bool
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, measure: str, scope: str
 ) -> None:
     network, scores = drawn
     whole, floor = (network.cost(measure, uniform(network, ratio, align)) for ratio in (0.0, 1.0))
     if fraction * whole >= floor:
-        widths_for_target(network, scores, measure, fraction * whole, align, comparable=comparable)
+        widths_for_target(network, scores, measure, fraction * whole, align, scope=scope)
         return
     with pytest.raises(DpctlError, match=f"cannot be reached\n.*the floor with align {align} is {floor} "):
         widths_for_target(network, scores, measure, fraction * whole, align)
@@ -201,7 +207,7 @@ EVEN = [1.0] * 8
 def test_what_is_left_goes_where_it_is_worth_most(
     network: Network, scores: Mapping[str, list[float]], budget: float, widths: dict[str, int]
 ) -> None:
-    assert widths_for_target(network, scores, "macs", budget, 1, comparable=False) == widths
+    assert widths_for_target(network, scores, "macs", budget, 1, scope="local") == widths
 
 
 @pytest.mark.parametrize(
@@ -250,3 +256,26 @@ def test_taking_away_is_the_greedy_order_done_step_by_step(
 def test_a_target_that_the_model_meets_is_refused() -> None:
     with pytest.raises(DpctlError, match="meets the target already"):
         widths_for_target(two_groups(1, 1), {"a": EVEN, "b": EVEN}, "macs", 16, 1)
+
+
+@given(scored(), st.floats(0.05, 0.95), st.sampled_from([1, 8]), st.floats(0.0, 0.9))
+def test_of_each_group_the_floor_stays(
+    drawn: tuple[Network, dict[str, list[float]]], fraction: float, align: int, floor: float
+) -> None:
+    network, scores = drawn
+    budget = fraction * network.cost("macs", network.full())
+    least = {span.name: width_at(span, 1.0 - floor, align) for span in network.spans}
+    if network.cost("macs", least) > budget:
+        with pytest.raises(DpctlError, match="cannot be reached"):
+            widths_for_target(network, scores, "macs", budget, align, floor=floor)
+        return
+    widths = widths_for_target(network, scores, "macs", budget, align, floor=floor)
+    assert all(width >= least[name] for name, width in widths.items())
+
+
+def test_scores_that_do_not_compare_are_taken_as_shares_of_their_group() -> None:
+    # By the numbers all of "a" would go first; by shares the last three of "b" matter least.
+    scores = {"a": [0.1] * 8, "b": [9.0] * 5 + [1.0] * 3}
+    network = two_groups(1, 1)
+    assert widths_for_target(network, scores, "macs", 13, 1) == {"a": 5, "b": 8}
+    assert widths_for_target(network, scores, "macs", 13, 1, comparable=False) == {"a": 8, "b": 5}
