@@ -50,6 +50,9 @@ EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the expon
 CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
 
+Layout = Annotated[
+    str, typer.Option("--layout", help="free, or stock: one width per level, a plain diffusers class without code.")
+]
 Scope = Annotated[
     str, typer.Option("--scope", help="local (one ratio for every group), global (one ranking over all) or auto.")
 ]
@@ -80,6 +83,7 @@ def prune(
     images: Annotated[int, typer.Option(help="Images that the gradients are taken on.")] = PRUNE.images,
     timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
     align: Annotated[int, typer.Option(help="Every width is a multiple of this and of the norm groups.")] = PRUNE.align,
+    layout: Layout = PRUNE.layout,
     scope: Scope = PRUNE.scope,
     floor: Floor = PRUNE.floor,
     keep: Keep = "",
@@ -101,6 +105,7 @@ def prune(
         images=images,
         timesteps=timesteps,
         align=align,
+        layout=layout,
         scope=scope,
         floor=floor,
         keep=_names(keep),

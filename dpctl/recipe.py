@@ -15,6 +15,7 @@ R = TypeVar("R")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 TARGETS = ("ratio", "target_macs", "target_params")
 SCOPES = ("auto", "local", "global")
+LAYOUTS = ("free", "stock")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class FinetuneRecipe(LoopRecipe):
 class PruneRecipe:
     """`dpctl prune`: exactly one of ratio, target_macs and target_params is set.
 
+    `layout` free lets every width differ; stock gives one width per level, and a plain diffusers class.
     `scope` is local (one ratio for every group), global (one ranking over the network, of which each group keeps the
     fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
     `keep` and `only` are globs over module names.
@@ -75,6 +77,7 @@ class PruneRecipe:
     images: int = 64
     timesteps: int = 50
     align: int = 8
+    layout: str = "free"
     scope: str = "auto"
     floor: float = 0.0
     keep: tuple[str, ...] = ()

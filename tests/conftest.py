@@ -138,7 +138,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {
             "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
             "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-            "block_out_channels": (128, 128),  # as the real ones: 32 norm groups everywhere
+            "block_out_channels": (128, 256),  # as the real ones: 32 norm groups everywhere
             "norm_num_groups": None,
             "attention_head_dim": None,
             "time_embedding_type": "fourier",

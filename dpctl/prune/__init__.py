@@ -9,7 +9,7 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
-from dpctl.recipe import SCOPES, PruneRecipe, to_dict
+from dpctl.recipe import LAYOUTS, SCOPES, PruneRecipe, to_dict
 from dpctl.signature import PRUNED, sample_size
 
 CRITERIA = "dpctl.prune.criteria"
@@ -56,20 +56,41 @@ def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progre
     """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
     from dpctl.prune.groups import find_groups, restrict
     from dpctl.prune.importance import Scoring
+    from dpctl.prune.layout import find_levels
     from dpctl.prune.network import describe
     from dpctl.prune.surgery import kept_indices, slim
 
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
     groups = restrict(find_groups(source.unet), recipe.keep, recipe.only)
+    levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
     network = describe(source.unet, groups)
     images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
     with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
         scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
         scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
-    plan = select(network, scores, _widths(network, scores, recipe, _unpruned(source), criterion.COMPARABLE))
+    plan, stock = _plan(source, network, scores, recipe, criterion.COMPARABLE, levels)
     kept = kept_indices(source.unet, groups, plan)
-    small = slim(source.unet, kept)
+    small = slim(source.unet, kept, stock)
     return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe, groups.left_alone))
+
+
+def _plan(
+    source: Model, network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, comparable: bool, levels: Any
+) -> tuple[PruningPlan, dict[str, Any] | None]:
+    """Return the plan and, in the layout `stock`, the config of the result."""
+    unpruned = _unpruned(source)
+    if levels is None:
+        return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
+    from dpctl.prune.layout import choose, tied
+
+    small, shared = tied(network, scores, levels)
+    # Where two neighbours happen to get one width, the class has no layer for the shortcut between them: a little less.
+    tightened = (_widths(small, shared, recipe, unpruned, comparable, 0.98**n) for n in range(150))
+    chosen = next((found for found in tightened if levels.expresses(source.unet, found)), None)
+    if chosen is None:
+        got = "at every width below the target a shortcut would have one width on both sides"
+        raise DpctlError("the stock config cannot express this cut", got, "use --layout free")
+    return choose(network, scores, levels, chosen), levels.stock_config(chosen)
 
 
 def check(recipe: PruneRecipe) -> None:
@@ -101,6 +122,14 @@ def check(recipe: PruneRecipe) -> None:
         )
     if not 0.0 <= recipe.floor < 1.0:
         raise DpctlError("--floor is outside [0, 1)", f"{recipe.floor:g}", "give the fraction that each group keeps")
+    if recipe.layout not in LAYOUTS:
+        raise DpctlError("unknown layout", repr(recipe.layout), f"choose one of: {', '.join(LAYOUTS)}")
+    if recipe.layout == "stock" and (recipe.keep or recipe.only):
+        raise DpctlError(
+            "--layout stock has one width per level",
+            f"keep {list(recipe.keep)}, only {list(recipe.only)}",
+            "leave --keep and --only out, or use --layout free",
+        )
     if recipe.scope not in SCOPES:
         raise DpctlError("unknown scope", repr(recipe.scope), f"choose one of: {', '.join(SCOPES)}")
     from dpctl.prune.importance import REDUCTIONS
@@ -111,10 +140,16 @@ def check(recipe: PruneRecipe) -> None:
 
 
 def _widths(
-    network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, unpruned: dict[str, int], comparable: bool
+    network: Any,
+    scores: dict[str, list[float]],
+    recipe: PruneRecipe,
+    unpruned: dict[str, int],
+    comparable: bool,
+    part: float = 1.0,
 ) -> dict[str, int]:
+    """Return the widths that meet `part` of the recipe's target."""
     if recipe.ratio is not None and recipe.scope != "global":
-        return uniform(network, recipe.ratio, recipe.align)
+        return uniform(network, 1.0 - part * (1.0 - recipe.ratio), recipe.align)
     if recipe.ratio is not None:
         measure, budget = "channels", (1.0 - recipe.ratio) * network.cost("channels", network.full())
     elif recipe.target_macs is not None:
@@ -124,7 +159,7 @@ def _widths(
     automatic = "global" if comparable else "local"
     scope = automatic if recipe.scope == "auto" else recipe.scope
     return widths_for_target(
-        network, scores, measure, budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
+        network, scores, measure, part * budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
     )
 
 

@@ -187,11 +187,11 @@ def _segments(unet: Any, members: tuple[Member, ...]) -> int:
         module = unet.get_submodule(member.module)
         if isinstance(module, nn.GroupNorm):
             parts = math.lcm(parts, module.num_groups)
-        if _is_inner(member):
+        if is_inner(member):
             parts = math.lcm(parts, unet.get_submodule(member.module.rpartition(".")[0]).heads)
     return parts
 
 
-def _is_inner(member: Member) -> bool:
+def is_inner(member: Member) -> bool:
     """Tell whether a member is the inner width of an attention, which its heads share."""
     return member.side == OUT and member.module.endswith((".to_q", ".to_k", ".to_v"))

@@ -17,15 +17,19 @@ from dpctl.errors import DpctlError
 
 @dataclass(frozen=True)
 class Span:
-    """The channels of one group as planning sees them: `width` channels in `segments` equal contiguous parts."""
+    """The channels of one group as planning sees them: `width` channels in `segments` equal contiguous parts.
+
+    A width is a multiple of `unit` besides.
+    """
 
     name: str
     width: int
     segments: int
+    unit: int = 1
 
     def step(self, align: int) -> int:
         """Return the granularity of this group's width; its full width is allowed whether or not a multiple."""
-        return math.lcm(self.segments, align)
+        return math.lcm(self.segments, self.unit, align)
 
     def narrower(self, width: int, align: int) -> int:
         """Return the next allowed width below `width`, or `width` itself where that is the last step."""

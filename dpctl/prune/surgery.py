@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpctl import pruned_unet
 from dpctl.cost import example_inputs
+from dpctl.models import build_unet
 from dpctl.prune.groups import Groups
 from dpctl.prune.importance import slices
 from dpctl.prune.plan import PruningPlan
@@ -34,33 +35,42 @@ def kept_indices(unet: Any, groups: Groups, plan: PruningPlan) -> Kept:
     return kept
 
 
-def slim(unet: Any, kept: Kept) -> Any:
+def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None) -> Any:
     """Return the kept slices of `unet` as a pruned class of its family; ensures that it runs, with finite outputs.
 
-    The slim attention divides by the root of its *new* head width; the factor that keeps the softmax temperature of
-    the original is folded into to_q.
+    With `stock`, a config of the plain class that has these widths, it is one of that class. The slim attention divides
+    by the root of its *new* head width; the factor that keeps the softmax temperature of the original is folded into
+    to_q.
     """
-    channels = dict(getattr(unet.config, "channels", None) or {})
-    channels |= {name: _new_widths(unet, name, kept) for name in sorted({key.rpartition(".")[0] for key in kept})}
-    base = getattr(unet.config, "base_config", None) or {k: v for k, v in unet.config.items() if not k.startswith("_")}
-    kind = getattr(pruned_unet, PRUNED + type(unet).__name__.removeprefix(PRUNED))
-    small = kind(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
-
+    small = build_unet(stock) if stock is not None else _free(unet, kept)
     state = dict(unet.state_dict())
     for key, index in kept.items():
         name, _, side = key.rpartition(".")
-        module = unet.get_submodule(name)
-        for parameter, dimension in slices(module, side):
+        for parameter, dimension in slices(unet.get_submodule(name), side):
             whole = f"{name}.{parameter}"
             state[whole] = state[whole].index_select(dimension, index.to(state[whole].device))
-        if side == "out" and name.endswith(".to_q"):
-            factor = (len(index) / module.out_features) ** 0.5
-            for parameter in [p for p in ("weight", "bias") if f"{name}.{p}" in state]:
+    for name, module in unet.named_modules():
+        if name.endswith(".to_q"):
+            factor = (_head_width(small, name) / _head_width(unet, name)) ** 0.5
+            for parameter, _ in module.named_parameters() if factor != 1.0 else ():
                 state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
     small.load_state_dict(state)
     small.to(next(unet.parameters()).device).eval()
     _ensure_forward(small)
     return small
+
+
+def _head_width(unet: Any, to_q: str) -> float:
+    return unet.get_submodule(to_q).out_features / unet.get_submodule(to_q.rpartition(".")[0]).heads
+
+
+def _free(unet: Any, kept: Kept) -> Any:
+    """Return the pruned class of the network's family with the widths that `kept` leaves and weights yet to come."""
+    channels = dict(getattr(unet.config, "channels", None) or {})
+    channels |= {name: _new_widths(unet, name, kept) for name in sorted({key.rpartition(".")[0] for key in kept})}
+    base = getattr(unet.config, "base_config", None) or {k: v for k, v in unet.config.items() if not k.startswith("_")}
+    kind = getattr(pruned_unet, PRUNED + type(unet).__name__.removeprefix(PRUNED))
+    return kind(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
 
 
 def compose(parent: Kept | None, kept: Kept) -> Kept:
