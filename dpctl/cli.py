@@ -9,6 +9,28 @@ import typer
 
 from dpctl import progress
 from dpctl.errors import DpctlError
+from dpctl.options import (
+    BatchSize,
+    CheckpointEvery,
+    Data,
+    DryRun,
+    EmaDecay,
+    Floor,
+    Force,
+    Json,
+    Keep,
+    Layout,
+    LearningRate,
+    MixedPrecision,
+    ModelArgument,
+    Only,
+    Out,
+    Resume,
+    SchedulerOption,
+    Scope,
+    Seed,
+    Steps,
+)
 from dpctl.recipe import (
     BenchRecipe,
     ChainRecipe,
@@ -29,36 +51,6 @@ app = typer.Typer(
 )
 
 PRUNE, FINETUNE, TRAIN, EXPORT, BENCH = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe(), BenchRecipe()
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="A model directory, a Hub id, or the word reference.", show_default=False)
-]
-Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it as JSON and touch nothing.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Data = Annotated[str, typer.Option("--data", help="A folder of images, an .npz with the array images, or reference.")]
-Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per step.")]
-LearningRate = Annotated[
-    float, typer.Option("--learning-rate", help="Peak learning rate of AdamW (warm-up, then cosine).")
-]
-MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")]
-EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the exponential moving average of the weights.")]
-CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
-SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
-
-Layout = Annotated[
-    str, typer.Option("--layout", help="free, or stock: one width per level, a plain diffusers class without code.")
-]
-Scope = Annotated[
-    str, typer.Option("--scope", help="local (one ratio for every group), global (one ranking over all) or auto.")
-]
-Floor = Annotated[float, typer.Option("--floor", help="Fraction of its channels that each group keeps, scope global.")]
-Keep = Annotated[str, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
-Only = Annotated[str, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")]
 
 
 @app.command()

@@ -81,15 +81,14 @@ def _plan(
     unpruned = _unpruned(source)
     if levels is None:
         return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
-    from dpctl.prune.layout import choose, tied
+    from dpctl.prune.layout import choose, search, tied
 
     small, shared = tied(network, scores, levels)
-    # Where two neighbours happen to get one width, the class has no layer for the shortcut between them: a little less.
-    tightened = (_widths(small, shared, recipe, unpruned, comparable, 0.98**n) for n in range(150))
-    chosen = next((found for found in tightened if levels.expresses(source.unet, found)), None)
-    if chosen is None:
-        got = "at every width below the target a shortcut would have one width on both sides"
-        raise DpctlError("the stock config cannot express this cut", got, "use --layout free")
+    # The target's own plan says what may be spent; which widths the class can have is another matter.
+    planned = _widths(small, shared, recipe, unpruned, comparable)
+    measure = "params" if recipe.target_params is not None else "macs"
+    budget = max(small.cost(measure, planned), _budget(recipe, unpruned, measure))
+    chosen = search(small, shared, measure, budget, recipe.align, lambda found: levels.expresses(source.unet, found))
     return choose(network, scores, levels, chosen), levels.stock_config(chosen)
 
 
@@ -145,22 +144,24 @@ def _widths(
     recipe: PruneRecipe,
     unpruned: dict[str, int],
     comparable: bool,
-    part: float = 1.0,
 ) -> dict[str, int]:
-    """Return the widths that meet `part` of the recipe's target."""
     if recipe.ratio is not None and recipe.scope != "global":
-        return uniform(network, 1.0 - part * (1.0 - recipe.ratio), recipe.align)
+        return uniform(network, recipe.ratio, recipe.align)
     if recipe.ratio is not None:
         measure, budget = "channels", (1.0 - recipe.ratio) * network.cost("channels", network.full())
-    elif recipe.target_macs is not None:
-        measure, budget = "macs", recipe.target_macs * unpruned["macs"]
     else:
-        measure, budget = "params", (recipe.target_params or 0.0) * unpruned["params"]
+        measure = "macs" if recipe.target_macs is not None else "params"
+        budget = _budget(recipe, unpruned, measure)
     automatic = "global" if comparable else "local"
     scope = automatic if recipe.scope == "auto" else recipe.scope
     return widths_for_target(
-        network, scores, measure, part * budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
+        network, scores, measure, budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
     )
+
+
+def _budget(recipe: PruneRecipe, unpruned: dict[str, int], measure: str) -> float:
+    """Return what a MACs or parameter target allows; nothing where the target is a ratio."""
+    return float(getattr(recipe, f"target_{measure}") or 0.0) * unpruned[measure]
 
 
 def _unpruned(source: Model) -> dict[str, int]:

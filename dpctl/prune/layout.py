@@ -5,8 +5,9 @@ width share their residual stream and stay of one width. Which channels stay is 
 group; only how many is one number for a whole level.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,9 @@ from dpctl.models import build_unet
 from dpctl.prune.groups import Groups, is_inner
 from dpctl.prune.plan import Network, PruningPlan, Side, Span, best
 from dpctl.pruned_unet import widths
+
+# So many plans are priced in about a second.
+COMBINATIONS = 20_000
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,38 @@ def tied(network: Network, scores: Mapping[str, Sequence[float]], levels: Levels
         for layer in network.layers
     )
     return Network(tuple(spans), layers), values
+
+
+def search(
+    network: Network,
+    scores: Mapping[str, Sequence[float]],
+    measure: str,
+    budget: float,
+    align: int,
+    expresses: Callable[[dict[str, int]], bool],
+) -> dict[str, int]:
+    """Return the widths of the levels that keep the most importance within the budget and that the class can have.
+
+    Networks have few levels of different widths, so every combination is looked at. Raises a DpctlError where none
+    fits.
+    """
+    while math.prod(len(_choices(span, align)) for span in network.spans) > COMBINATIONS:
+        align *= 2
+    kept = {s.name: {w: math.fsum(scores[s.name][:w]) for w in _choices(s, align)} for s in network.spans}
+    combinations = (dict(zip(kept, found, strict=True)) for found in itertools.product(*kept.values()))
+    fitting = [found for found in combinations if network.cost(measure, found) <= budget]
+    fitting.sort(key=lambda found: -math.fsum(kept[name][width] for name, width in found.items()))
+    chosen = next((found for found in fitting if expresses(found)), None)
+    if chosen is None:
+        got = "at every width below the target a shortcut would have one width on both sides"
+        raise DpctlError("the stock config cannot express this cut", got, "use --layout free")
+    return chosen
+
+
+def _choices(span: Span, align: int) -> list[int]:
+    """Return every allowed width of a level."""
+    step = span.step(align)
+    return [*range(step, span.width, step), span.width]
 
 
 def choose(

@@ -16,7 +16,8 @@ from dpctl.errors import DpctlError
 from dpctl.models import load_model
 from dpctl.prune import prune
 from dpctl.prune.groups import find_groups, is_inner
-from dpctl.prune.layout import find_levels
+from dpctl.prune.layout import find_levels, search
+from dpctl.prune.plan import Layer, Network, Side, Span
 from dpctl.prune.surgery import slim
 from dpctl.recipe import PruneRecipe
 from dpctl.signature import unet_arguments
@@ -134,6 +135,18 @@ def test_the_criterion_chooses_the_channels(make_unet: Callable[..., Any], tmp_p
     prune(str(tmp_path / "base"), tmp_path / "slim", replace(STOCK, ratio=0.5))
     kept = load_file(tmp_path / "slim" / "unet" / "kept.safetensors")["mid_block.resnets.0.conv1.out"]
     assert set(kept.tolist()) <= set(torch.nonzero(loud).flatten().tolist())
+
+
+def test_of_all_widths_within_the_budget_those_of_most_importance_are_taken() -> None:
+    layers = tuple(Layer(name, 1, 1, Side(1), Side(0, {name: 1}), 0) for name in ("level 1", "level 2"))
+    network = Network((Span("level 1", 8, 1), Span("level 2", 8, 1)), layers)
+    scores = {"level 1": [8.0, 7, 6, 5, 4, 3, 2, 1], "level 2": [3.25] * 8}
+    assert search(network, scores, "macs", 10, 1, lambda _: True) == {"level 1": 5, "level 2": 5}
+    # Not the best where the class cannot have it, and none where it can have none.
+    second = search(network, scores, "macs", 10, 1, lambda found: found["level 1"] != 5)
+    assert second == {"level 1": 6, "level 2": 4}
+    with pytest.raises(DpctlError, match="cannot express"):
+        search(network, scores, "macs", 10, 1, lambda _: False)
 
 
 def test_a_group_hangs_on_one_level(families: Families) -> None:
