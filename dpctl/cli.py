@@ -25,11 +25,17 @@ from dpctl.options import (
     ModelArgument,
     Only,
     Out,
+    Ratio,
+    Reduction,
     Resume,
     SchedulerOption,
     Scope,
     Seed,
     Steps,
+    TargetMacs,
+    TargetParams,
+    Threshold,
+    Weighting,
 )
 from dpctl.recipe import (
     BenchRecipe,
@@ -57,20 +63,15 @@ PRUNE, FINETUNE, TRAIN, EXPORT, BENCH = PruneRecipe(), FinetuneRecipe(), TrainRe
 def prune(
     model: ModelArgument,
     out: Out,
-    criterion: Annotated[str, typer.Option(help="random, magnitude, taylor or diff-pruning.")] = PRUNE.criterion,
-    ratio: Annotated[
-        float | None, typer.Option(help="Fraction of the channels that goes from every norm group.")
-    ] = None,
-    target_macs: Annotated[float | None, typer.Option(help="MACs as a fraction of the unpruned model's.")] = None,
-    target_params: Annotated[
-        float | None, typer.Option(help="Parameters as a fraction of the unpruned model's.")
-    ] = None,
-    threshold: Annotated[
-        float, typer.Option(help="T of diff-pruning: timesteps with L_t / L_max > T count.")
-    ] = PRUNE.threshold,
-    reduction: Annotated[
-        str, typer.Option(help="sum-abs or abs-sum: how w * g is reduced over a channel.")
-    ] = PRUNE.reduction,
+    criterion: Annotated[
+        str, typer.Option(help="random, magnitude, taylor, diff-pruning or fisher.")
+    ] = PRUNE.criterion,
+    ratio: Ratio = None,
+    target_macs: TargetMacs = None,
+    target_params: TargetParams = None,
+    weighting: Weighting = PRUNE.weighting,
+    threshold: Threshold = PRUNE.threshold,
+    reduction: Reduction = PRUNE.reduction,
     data: Data = PRUNE.data,
     images: Annotated[int, typer.Option(help="Images that the gradients are taken on.")] = PRUNE.images,
     timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
@@ -91,6 +92,7 @@ def prune(
         ratio=ratio,
         target_macs=target_macs,
         target_params=target_params,
+        weighting=weighting,
         threshold=threshold,
         reduction=reduction,
         data=data,

@@ -34,3 +34,18 @@ Scope = Annotated[
 Floor = Annotated[float, typer.Option("--floor", help="Fraction of its channels that each group keeps, scope global.")]
 Keep = Annotated[str, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
 Only = Annotated[str, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")]
+Criterion = Annotated[str, typer.Option("--criterion", help="random, magnitude, taylor, diff-pruning or fisher.")]
+Weighting = Annotated[
+    str, typer.Option("--weighting", help="Timesteps that count: threshold, uniform, early, or auto: the criterion's.")
+]
+Ratio = Annotated[
+    float | None, typer.Option("--ratio", help="Fraction of the channels that goes from every norm group.")
+]
+TargetMacs = Annotated[float | None, typer.Option("--target-macs", help="MACs as a fraction of the unpruned model's.")]
+TargetParams = Annotated[
+    float | None, typer.Option("--target-params", help="Parameters as a fraction of the unpruned model's.")
+]
+Threshold = Annotated[
+    float, typer.Option("--threshold", help="T of diff-pruning: timesteps with L_t / L_max > T count.")
+]
+Reduction = Annotated[str, typer.Option("--reduction", help="sum-abs or abs-sum: how w * g is reduced over a channel.")]

@@ -16,6 +16,8 @@ MIXED_PRECISIONS = ("no", "bf16", "fp16")
 TARGETS = ("ratio", "target_macs", "target_params")
 SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
+REDUCTIONS = ("sum-abs", "abs-sum")
+WEIGHTINGS = ("auto", "threshold", "uniform", "early")
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,19 @@ class FinetuneRecipe(LoopRecipe):
 class PruneRecipe:
     """`dpctl prune`: exactly one of ratio, target_macs and target_params is set.
 
-    `layout` free lets every width differ; stock gives one width per level, and a plain diffusers class.
-    `scope` is local (one ratio for every group), global (one ranking over the network, of which each group keeps the
-    fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
-    `keep` and `only` are globs over module names.
+    * `weighting`: which timesteps count: those above the `threshold`, all (uniform), the early ones, or what the
+      criterion has of its own (auto).
+    * `layout`: free lets every width differ; stock gives one width per level, and a plain diffusers class.
+    * `scope`: local (one ratio for every group), global (one ranking over the network, of which each group keeps the
+      fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
+    * `keep` and `only`: globs over module names.
     """
 
     criterion: str = "diff-pruning"
     ratio: float | None = None
     target_macs: float | None = None
     target_params: float | None = None
+    weighting: str = "auto"
     threshold: float = 0.05
     reduction: str = "sum-abs"
     data: str = "reference"

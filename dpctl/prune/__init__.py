@@ -8,11 +8,11 @@ from dpctl import artifact, cost, progress, registry
 from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
+from dpctl.prune.check import CRITERIA, check
 from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
-from dpctl.recipe import LAYOUTS, SCOPES, PruneRecipe, to_dict
+from dpctl.recipe import PruneRecipe, to_dict
 from dpctl.signature import PRUNED, sample_size
 
-CRITERIA = "dpctl.prune.criteria"
 KEPT = "kept.safetensors"
 
 
@@ -90,52 +90,6 @@ def _plan(
     budget = max(small.cost(measure, planned), _budget(recipe, unpruned, measure))
     chosen = search(small, shared, measure, budget, recipe.align, lambda found: levels.expresses(source.unet, found))
     return choose(network, scores, levels, chosen), levels.stock_config(chosen)
-
-
-def check(recipe: PruneRecipe) -> None:
-    """Raise a DpctlError unless a recipe names one target inside (0, 1) and known, sensible values."""
-    targets = {"ratio": recipe.ratio, "target_macs": recipe.target_macs, "target_params": recipe.target_params}
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise DpctlError(
-            "pruning needs exactly one target",
-            ", ".join(given) or "none",
-            "give one of --ratio, --target-macs, --target-params",
-        )
-    name, value = next(iter(given.items()))
-    if not 0.0 < value < 1.0:
-        raise DpctlError(
-            f"--{name.replace('_', '-')} is outside (0, 1)",
-            f"{value:g}",
-            "give a fraction of the unpruned model, e.g. 0.5",
-        )
-    if not 0.0 <= recipe.threshold < 1.0:
-        raise DpctlError(
-            "--threshold is outside [0, 1)", f"{recipe.threshold:g}", "T is a fraction of the largest loss, e.g. 0.05"
-        )
-    if min(recipe.align, recipe.images, recipe.timesteps) < 1:
-        raise DpctlError(
-            "a count is below 1",
-            f"align {recipe.align}, images {recipe.images}, timesteps {recipe.timesteps}",
-            "give 1 or more",
-        )
-    if not 0.0 <= recipe.floor < 1.0:
-        raise DpctlError("--floor is outside [0, 1)", f"{recipe.floor:g}", "give the fraction that each group keeps")
-    if recipe.layout not in LAYOUTS:
-        raise DpctlError("unknown layout", repr(recipe.layout), f"choose one of: {', '.join(LAYOUTS)}")
-    if recipe.layout == "stock" and (recipe.keep or recipe.only):
-        raise DpctlError(
-            "--layout stock has one width per level",
-            f"keep {list(recipe.keep)}, only {list(recipe.only)}",
-            "leave --keep and --only out, or use --layout free",
-        )
-    if recipe.scope not in SCOPES:
-        raise DpctlError("unknown scope", repr(recipe.scope), f"choose one of: {', '.join(SCOPES)}")
-    from dpctl.prune.importance import REDUCTIONS
-
-    if recipe.reduction not in REDUCTIONS:
-        raise DpctlError("unknown reduction", repr(recipe.reduction), f"choose one of: {', '.join(REDUCTIONS)}")
-    registry.check(CRITERIA, recipe.criterion, "criterion")
 
 
 def _widths(

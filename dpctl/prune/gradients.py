@@ -1,9 +1,10 @@
-"""Accumulate denoising gradients over timesteps, with the Diff-Pruning threshold (paper, section 4.2).
+"""Denoising gradients over timesteps, and which timesteps count (paper, section 4.2).
 
-Follows the paper's definition: a timestep counts if L_t / L_max > T. (The reference code tests after `backward()`, so
-that the first timestep below the threshold still counts there; here it does not.)
+The threshold follows the paper's definition: a timestep counts if L_t / L_max > T. (The reference code tests after
+`backward()`, so that the first timestep below the threshold still counts there; here it does not.)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,18 @@ from dpctl import progress
 from dpctl.data import Images
 from dpctl.diffusion import denoising_loss, noise_for, sample_generator
 from dpctl.errors import DpctlError
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Which timesteps count: those with L_t / L_max > `threshold` among the first fraction `early` of the schedule."""
+
+    threshold: float = 0.0
+    early: float = 1.0
+
+    def active(self, losses: dict[int, float], total: int) -> tuple[int, ...]:
+        """Return the timesteps that count, of a schedule of `total`."""
+        return tuple(t for t in active_timesteps(losses, self.threshold) if t < self.early * total)
 
 
 @dataclass(frozen=True)
@@ -52,14 +65,16 @@ def accumulate(
     *,
     count: int,
     timesteps: int,
-    threshold: float,
+    weighting: Weighting,
     seed: int,
+    each: Callable[[], None] | None = None,
     advance: progress.Advance = progress.silent,
 ) -> Gradients:
     """Return the gradients of the denoising loss, summed over the timesteps that matter.
 
     One batch of `count` images with one fixed noise serves all timesteps, as in the reference code; `timesteps` of
-    them are looked at. No graph is kept over timesteps, so the memory is that of one training step.
+    them are looked at. No graph is kept over timesteps, so the memory is that of one training step. With `each`, the
+    gradients are not summed: it is called after every timestep's, which lie in `.grad` and are then cleared.
     """
     order = torch.randperm(len(images), generator=sample_generator(seed, 0, "score-images"))[:count].tolist()
     device = next(unet.parameters()).device
@@ -75,11 +90,14 @@ def accumulate(
         advance(1)
 
     # Their gradients: autograd adds up in .grad, one timestep's graph at a time.
-    active = active_timesteps(losses, threshold)
+    active = weighting.active(losses, int(scheduler.config.num_train_timesteps))
     unet.requires_grad_(True).zero_grad(set_to_none=True)
     for t in grid:
         if t in active:
             _loss_at(unet, scheduler, clean, noise, t).backward()
+            if each is not None:
+                each()
+                unet.zero_grad(set_to_none=True)
         advance(1)
     gradients = {name: p.grad.detach().clone() for name, p in unet.named_parameters() if p.grad is not None}
     unet.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
 """Values on weights -> scores of channels: the reduction over every layer that is coupled in a group."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from dpctl.prune import gradients
 from dpctl.prune.groups import OUT, ChannelGroup, Member
 from dpctl.recipe import PruneRecipe
 
-REDUCTIONS = ("sum-abs", "abs-sum")
+# The part of the schedule that the weighting `early` looks at: the steps that paint the detail.
+EARLY = 0.3
 Scores = dict[str, Tensor]
 
 
@@ -64,21 +65,52 @@ def _member_scores(unet: Any, member: Member, values: Mapping[str, Tensor], redu
     return whole if reduction == "sum-abs" else whole.abs()
 
 
-def first_order(scoring: Scoring, threshold: float) -> Scores:
-    """Return the first-order Taylor importance |w * dL/dw| of each group's channels, L summed over active timesteps."""
+def first_order(scoring: Scoring, weighting: str) -> Scores:
+    """Return the first-order Taylor importance |w * dL/dw| of each group's channels, L summed over active timesteps.
+
+    `weighting` is the criterion's own, which the recipe may replace.
+    """
+    summed = _gradients(scoring, weighting)
+    weights = dict(scoring.unet.named_parameters())
+    products = {name: weights[name].detach() * gradient for name, gradient in summed.by_name.items()}
+    return {g.name: reduce_over(scoring.unet, g, products, scoring.recipe.reduction) for g in scoring.groups}
+
+
+def second_order(scoring: Scoring, weighting: str) -> Scores:
+    """Return the sum over active timesteps of (sum of w * dL_t/dw)^2, layer by layer of each group's channels.
+
+    That is the empirical Fisher information of a mask over the channel, the curvature of the loss where it is small.
+    """
+    weights = dict(scoring.unet.named_parameters())
+    scores = {group.name: torch.zeros(group.width, dtype=torch.float64) for group in scoring.groups}
+
+    def add() -> None:
+        products = {name: w.detach() * w.grad for name, w in weights.items() if w.grad is not None}
+        for group in scoring.groups:
+            for member in group.members:
+                found = _member_scores(scoring.unet, member, products, "abs-sum").square()
+                scores[group.name].index_add_(0, torch.tensor(member.channel), found)
+
+    _gradients(scoring, weighting, each=add)
+    return scores
+
+
+def _gradients(scoring: Scoring, weighting: str, each: Callable[[], None] | None = None) -> gradients.Gradients:
     recipe = scoring.recipe
     if scoring.images is None:
         raise DpctlError("the criterion needs data", recipe.criterion, "give --data, or use magnitude or random")
-    summed = gradients.accumulate(
+    name = weighting if recipe.weighting == "auto" else recipe.weighting
+    chosen = gradients.Weighting(
+        threshold=recipe.threshold if name == "threshold" else 0.0, early=EARLY if name == "early" else 1.0
+    )
+    return gradients.accumulate(
         scoring.unet,
         scoring.scheduler,
         scoring.images,
         count=recipe.images,
         timesteps=recipe.timesteps,
-        threshold=threshold,
+        weighting=chosen,
         seed=recipe.seed,
+        each=each,
         advance=scoring.advance,
     )
-    weights = dict(scoring.unet.named_parameters())
-    products = {name: weights[name].detach() * gradient for name, gradient in summed.by_name.items()}
-    return {group.name: reduce_over(scoring.unet, group, products, recipe.reduction) for group in scoring.groups}

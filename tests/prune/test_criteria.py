@@ -13,6 +13,7 @@ from dpctl import registry
 from dpctl.data import open_data
 from dpctl.errors import DpctlError
 from dpctl.prune import CRITERIA
+from dpctl.prune.gradients import Weighting, accumulate
 from dpctl.prune.groups import ChannelGroup, Member, find_groups
 from dpctl.prune.importance import Scores, Scoring, reduce_over, slices
 from dpctl.recipe import PruneRecipe
@@ -39,7 +40,7 @@ def same(one: Scores, other: Scores) -> bool:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert NAMES == ("diff-pruning", "magnitude", "random", "taylor")
+    assert NAMES == ("diff-pruning", "fisher", "magnitude", "random", "taylor")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,3 +197,48 @@ def test_random_scores_of_a_group_do_not_depend_on_the_others(scoring: Scoring) 
     name, scores = scoring.groups[3].name, score("random", scoring)
     assert torch.equal(score("random", alone)[name], scores[name])
     assert len({tuple(values.tolist()) for values in scores.values()}) == len(scores)
+
+
+# --- weighting and the second order ------------------------------------------------------------------------------
+
+
+def test_the_weighting_is_the_recipes_where_it_says_one(scoring: Scoring) -> None:
+    assert same(score("taylor", scoring, weighting="threshold"), score("diff-pruning", scoring))
+    assert same(score("diff-pruning", scoring, weighting="uniform"), score("taylor", scoring))
+    early = score("taylor", scoring, weighting="early")
+    assert not same(early, score("taylor", scoring))
+    # Of four timesteps of a hundred, 0 and 25 are early.
+    assert same(early, score("diff-pruning", scoring, weighting="early"))
+
+
+def test_fisher_adds_up_squares_of_timesteps_and_layers(scoring: Scoring) -> None:
+    """Written out for one group: of each timestep and each layer, the square of a channel's sum of w * dL_t/dw."""
+    name = "mid_block.resnets.0.conv1"
+    found = score("fisher", scoring)
+    group = next(group for group in scoring.groups if group.name == name)
+    unet, images, recipe = scoring.unet, scoring.images, scoring.recipe
+    assert images is not None
+    expected = torch.zeros(group.width, dtype=torch.float64)
+    weights = dict(unet.named_parameters())
+
+    def add() -> None:
+        for member in group.members:
+            module = unet.get_submodule(member.module)
+            mask = torch.zeros(group.width, dtype=torch.float64)
+            for parameter, dimension in slices(module, member.side):
+                key = f"{member.module}.{parameter}"
+                product = (weights[key].detach() * weights[key].grad).double()
+                mask += product.movedim(dimension, 0).flatten(1).sum(1) if product.ndim > 1 else product
+            expected.add_(mask.square())
+
+    accumulate(
+        unet,
+        scoring.scheduler,
+        images,
+        count=recipe.images,
+        timesteps=recipe.timesteps,
+        weighting=Weighting(),
+        seed=recipe.seed,
+        each=add,
+    )
+    torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=0.0)

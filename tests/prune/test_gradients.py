@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dpctl.data import Images, open_data
 from dpctl.diffusion import noise_for, sample_generator
 from dpctl.errors import DpctlError
-from dpctl.prune.gradients import Gradients, accumulate, active_timesteps, timestep_grid
+from dpctl.prune.gradients import Gradients, Weighting, accumulate, active_timesteps, timestep_grid
 
 losses_by_timestep = st.dictionaries(st.integers(0, 999), st.floats(0.0, 10.0), min_size=1, max_size=20)
 
@@ -25,7 +25,8 @@ def images(toy_images: Path) -> Images:
 
 
 def run(model: Any, images: Images, **changed: Any) -> Gradients:
-    wanted: dict[str, Any] = {"count": 4, "timesteps": 5, "threshold": 0.0, "seed": 0} | changed
+    wanted: dict[str, Any] = {"count": 4, "timesteps": 5, "threshold": 0.0, "early": 1.0, "seed": 0} | changed
+    wanted["weighting"] = Weighting(wanted.pop("threshold"), wanted.pop("early"))
     return accumulate(model.unet, model.scheduler, images, **wanted)
 
 
@@ -149,7 +150,7 @@ def test_more_images_than_there_are_is_all_of_them(toy_model: Any, images: Image
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_it_scores_what_the_network_was_trained_to_predict(toy_model: Any, images: Images, kind: str) -> None:
     scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=kind)
-    found = accumulate(toy_model.unet, scheduler, images, count=4, timesteps=2, threshold=0.0, seed=0)
+    found = accumulate(toy_model.unet, scheduler, images, count=4, timesteps=2, weighting=Weighting(), seed=0)
     assert len(found.losses) == 2
 
 
@@ -157,3 +158,25 @@ def test_progress_is_told_twice_per_timestep(toy_model: Any, images: Images) -> 
     told: list[int] = []
     run(toy_model, images, threshold=0.5, advance=lambda steps=1, **_: told.append(steps))
     assert sum(told) == 10
+
+
+@given(losses_by_timestep, st.floats(0.0, 0.99), st.floats(0.01, 1.0))
+def test_early_timesteps_are_those_at_the_start_of_the_schedule(
+    losses: dict[int, float], threshold: float, early: float
+) -> None:
+    total = max(losses) + 1
+    found = Weighting(threshold, early).active(losses, total)
+    assert set(found) == {t for t in active_timesteps(losses, threshold) if t / total < early}
+
+
+def test_each_timesteps_gradient_can_be_seen_alone(toy_model: Any, images: Images) -> None:
+    alone: list[dict[str, torch.Tensor]] = []
+
+    def look() -> None:
+        alone.append({n: p.grad.clone() for n, p in toy_model.unet.named_parameters() if p.grad is not None})
+
+    assert run(toy_model, images, each=look).by_name == {}
+    together = run(toy_model, images)
+    assert len(alone) == len(together.active) == 5
+    for name, gradient in together.by_name.items():
+        torch.testing.assert_close(sum(one[name] for one in alone), gradient, rtol=1e-4, atol=1e-6)

@@ -8,4 +8,4 @@ COMPARABLE = True
 
 def score(scoring: Scoring) -> Scores:
     """Return |w * dL/dw|, L the denoising loss summed over the timesteps above the recipe's threshold."""
-    return first_order(scoring, threshold=scoring.recipe.threshold)
+    return first_order(scoring, weighting="threshold")

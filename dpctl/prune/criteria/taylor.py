@@ -8,4 +8,4 @@ COMPARABLE = True
 
 def score(scoring: Scoring) -> Scores:
     """Return |w * dL/dw|, L the denoising loss summed over the whole timestep grid."""
-    return first_order(scoring, threshold=0.0)
+    return first_order(scoring, weighting="uniform")
