@@ -109,8 +109,7 @@ def prune(
     from dpctl import prune as pruning
 
     if dry_run:
-        pruning.check(recipe)
-        _print_json(to_dict(recipe))
+        _print_json(pruning.preview(model, recipe))
         return
     from dpctl import inspect
 

@@ -11,7 +11,9 @@ ModelArgument = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it as JSON and touch nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, print it (and a cheap plan) as JSON and touch nothing.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Data = Annotated[str, typer.Option("--data", help="A folder of images, an .npz with the array images, or reference.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]

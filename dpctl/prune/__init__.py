@@ -52,6 +52,18 @@ def prune(
         )
 
 
+def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
+    """Return the recipe as plain values and, under a criterion that needs no data, the plan: what `prune` would give.
+
+    Writes nothing. Raises what `prune` raises.
+    """
+    check(recipe)
+    document = to_dict(recipe)
+    if registry.load(CRITERIA, recipe.criterion, "criterion").NEEDS_DATA:
+        return document  # a plan would take the scores, which take a while
+    return document | {"plan": prune_unet(load_model(model), recipe).stats}
+
+
 def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
     """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
     from dpctl.prune.groups import find_groups, restrict

@@ -8,8 +8,8 @@ import pytest
 
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
-from dpctl.prune import prune
-from dpctl.recipe import PruneRecipe
+from dpctl.prune import preview, prune
+from dpctl.recipe import PruneRecipe, to_dict
 
 HALF = PruneRecipe(criterion="magnitude", ratio=0.5)
 
@@ -46,3 +46,18 @@ def test_bad_scopes_and_patterns_are_explained(
     with pytest.raises(DpctlError, match=message):
         prune(str(toy_pipeline), tmp_path / "out", replace(HALF, **changed))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("layout", ["free", "stock"])
+def test_a_preview_is_what_the_cut_gives(toy_pipeline: Path, tmp_path: Path, criterion: str, layout: str) -> None:
+    recipe = replace(HALF, criterion=criterion, layout=layout)
+    found = preview(str(toy_pipeline), recipe)
+    stats = prune(str(toy_pipeline), tmp_path / "out", recipe).stats
+    assert found["plan"] == {name: value for name, value in stats.items() if name != "bytes"}
+    assert {name: value for name, value in found.items() if name != "plan"} == to_dict(recipe)
+
+
+def test_a_preview_scores_nothing_on_data() -> None:
+    recipe = PruneRecipe(ratio=0.5)
+    assert preview("no model is looked at", recipe) == to_dict(recipe)
