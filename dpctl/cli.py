@@ -7,36 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dpctl import progress
+from dpctl import options, progress
 from dpctl.errors import DpctlError
-from dpctl.options import (
-    BatchSize,
-    CheckpointEvery,
-    Data,
-    DryRun,
-    EmaDecay,
-    Floor,
-    Force,
-    Json,
-    Keep,
-    Layout,
-    LearningRate,
-    MixedPrecision,
-    ModelArgument,
-    Only,
-    Out,
-    Ratio,
-    Reduction,
-    Resume,
-    SchedulerOption,
-    Scope,
-    Seed,
-    Steps,
-    TargetMacs,
-    TargetParams,
-    Threshold,
-    Weighting,
-)
 from dpctl.recipe import (
     BenchRecipe,
     ChainRecipe,
@@ -61,30 +33,30 @@ PRUNE, FINETUNE, TRAIN, EXPORT, BENCH = PruneRecipe(), FinetuneRecipe(), TrainRe
 
 @app.command()
 def prune(
-    model: ModelArgument,
-    out: Out,
+    model: options.ModelArgument,
+    out: options.Out,
     criterion: Annotated[
         str, typer.Option(help="random, magnitude, taylor, diff-pruning or fisher.")
     ] = PRUNE.criterion,
-    ratio: Ratio = None,
-    target_macs: TargetMacs = None,
-    target_params: TargetParams = None,
-    weighting: Weighting = PRUNE.weighting,
-    threshold: Threshold = PRUNE.threshold,
-    reduction: Reduction = PRUNE.reduction,
-    data: Data = PRUNE.data,
+    ratio: options.Ratio = None,
+    target_macs: options.TargetMacs = None,
+    target_params: options.TargetParams = None,
+    weighting: options.Weighting = PRUNE.weighting,
+    threshold: options.Threshold = PRUNE.threshold,
+    reduction: options.Reduction = PRUNE.reduction,
+    data: options.Data = PRUNE.data,
     images: Annotated[int, typer.Option(help="Images that the gradients are taken on.")] = PRUNE.images,
     timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
     align: Annotated[int, typer.Option(help="Every width is a multiple of this and of the norm groups.")] = PRUNE.align,
-    layout: Layout = PRUNE.layout,
-    scope: Scope = PRUNE.scope,
-    floor: Floor = PRUNE.floor,
-    keep: Keep = "",
-    only: Only = "",
-    seed: Seed = PRUNE.seed,
-    force: Force = False,
-    dry_run: DryRun = False,
-    json_: Json = False,
+    layout: options.Layout = PRUNE.layout,
+    scope: options.Scope = PRUNE.scope,
+    floor: options.Floor = PRUNE.floor,
+    keep: options.Keep = "",
+    only: options.Only = "",
+    seed: options.Seed = PRUNE.seed,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
 ) -> None:
     """Cut channels out of a model's UNet; the result loads in stock diffusers."""
     recipe = PruneRecipe(
@@ -119,29 +91,29 @@ def prune(
 
 @app.command()
 def finetune(
-    model: ModelArgument,
-    out: Out,
+    model: options.ModelArgument,
+    out: options.Out,
     teacher: Annotated[
         str, typer.Option(help="The unpruned model; parent takes the one in the manifest.")
     ] = FINETUNE.teacher,
     distillation: Annotated[
         float, typer.Option(help="Weight of output distillation; 0 switches it off.")
     ] = FINETUNE.distillation,
-    data: Data = FINETUNE.data,
-    steps: Steps = FINETUNE.steps,
-    batch_size: BatchSize = FINETUNE.batch_size,
-    learning_rate: LearningRate = FINETUNE.learning_rate,
-    ema_decay: EmaDecay = FINETUNE.ema_decay,
-    mixed_precision: MixedPrecision = FINETUNE.mixed_precision,
-    checkpoint_every: CheckpointEvery = FINETUNE.checkpoint_every,
+    data: options.Data = FINETUNE.data,
+    steps: options.Steps = FINETUNE.steps,
+    batch_size: options.BatchSize = FINETUNE.batch_size,
+    learning_rate: options.LearningRate = FINETUNE.learning_rate,
+    ema_decay: options.EmaDecay = FINETUNE.ema_decay,
+    mixed_precision: options.MixedPrecision = FINETUNE.mixed_precision,
+    checkpoint_every: options.CheckpointEvery = FINETUNE.checkpoint_every,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Same architecture, random weights: the baseline.")
     ] = False,
-    seed: Seed = FINETUNE.seed,
-    resume: Resume = False,
-    force: Force = False,
-    dry_run: DryRun = False,
-    json_: Json = False,
+    seed: options.Seed = FINETUNE.seed,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
 ) -> None:
     """Recover a pruned model's quality: denoising loss and distillation from the unpruned teacher."""
     recipe = FinetuneRecipe(
@@ -171,20 +143,20 @@ def finetune(
 
 @app.command()
 def train(
-    out: Out,
+    out: options.Out,
     config: Annotated[str, typer.Option(help="A UNet config.json, a model directory, or reference.")] = TRAIN.config,
-    data: Data = TRAIN.data,
-    steps: Steps = TRAIN.steps,
-    batch_size: BatchSize = TRAIN.batch_size,
-    learning_rate: LearningRate = TRAIN.learning_rate,
-    ema_decay: EmaDecay = TRAIN.ema_decay,
-    mixed_precision: MixedPrecision = TRAIN.mixed_precision,
-    checkpoint_every: CheckpointEvery = TRAIN.checkpoint_every,
-    seed: Seed = TRAIN.seed,
-    resume: Resume = False,
-    force: Force = False,
-    dry_run: DryRun = False,
-    json_: Json = False,
+    data: options.Data = TRAIN.data,
+    steps: options.Steps = TRAIN.steps,
+    batch_size: options.BatchSize = TRAIN.batch_size,
+    learning_rate: options.LearningRate = TRAIN.learning_rate,
+    ema_decay: options.EmaDecay = TRAIN.ema_decay,
+    mixed_precision: options.MixedPrecision = TRAIN.mixed_precision,
+    checkpoint_every: options.CheckpointEvery = TRAIN.checkpoint_every,
+    seed: options.Seed = TRAIN.seed,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
 ) -> None:
     """Train a UNet from random weights."""
     recipe = TrainRecipe(
@@ -212,12 +184,12 @@ def train(
 
 @app.command()
 def export(
-    model: ModelArgument,
-    out: Out,
+    model: options.ModelArgument,
+    out: options.Out,
     precision: Annotated[str, typer.Option(help="fp32.")] = EXPORT.precision,
     batch: Annotated[str, typer.Option(help="MIN,OPT,MAX of the UNet's batch.")] = "1,8,64",
-    force: Force = False,
-    json_: Json = False,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Export a model to ONNX and check it against torch; a breach of tolerance exits 3 and leaves nothing."""
     bounds = _integers(batch, "--batch")
@@ -240,7 +212,8 @@ def export(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)], json_: Json = False
+    directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
+    json_: options.Json = False,
 ) -> None:
     """Repeat the parity check of an exported directory on this machine, without the original model."""
     from dpctl import inspect
@@ -251,21 +224,21 @@ def verify(
 
 @app.command()
 def bench(
-    baseline: ModelArgument,
+    baseline: options.ModelArgument,
     candidates: Annotated[list[str], typer.Argument(help="The models to compare with it.", show_default=False)],
-    out: Out,
+    out: options.Out,
     backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = ",".join(BENCH.backends),
     batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
     num_inference_steps: Annotated[str, typer.Option(help="Sampling steps, comma-separated.")] = "20",
-    scheduler: SchedulerOption = BENCH.scheduler,
+    scheduler: options.SchedulerOption = BENCH.scheduler,
     rounds: Annotated[int, typer.Option(help="Turns that each subject gets.")] = BENCH.rounds,
     samples: Annotated[
         int, typer.Option(help="Images drawn per model to judge the quality; 0 leaves it out.")
     ] = BENCH.samples,
     threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
-    seed: Seed = BENCH.seed,
-    force: Force = False,
-    json_: Json = False,
+    seed: options.Seed = BENCH.seed,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Measure candidates against a baseline: latency, memory, size and quality, in one report."""
     recipe = BenchRecipe(
@@ -292,8 +265,8 @@ def run(
         Path | None, typer.Argument(help="A TOML recipe; the reference model without one.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="The directory of the whole chain.")] = Path("dpctl-run"),
-    dry_run: DryRun = False,
-    json_: Json = False,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
 ) -> None:
     """Prune, finetune, export and measure; finished stages are skipped, a killed run goes on where it was."""
     chosen = ChainRecipe() if recipe is None else read_recipe(recipe, ChainRecipe)
@@ -309,16 +282,16 @@ def run(
 
 @app.command()
 def sample(
-    model: ModelArgument,
-    out: Out,
+    model: options.ModelArgument,
+    out: options.Out,
     count: Annotated[int, typer.Option(help="Number of images.")] = 16,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    scheduler: SchedulerOption = "ddim",
+    scheduler: options.SchedulerOption = "ddim",
     backend: Annotated[str, typer.Option(help="eager or ort; auto takes what the directory is made for.")] = "auto",
-    batch_size: BatchSize = 16,
-    seed: Seed = 0,
-    force: Force = False,
-    json_: Json = False,
+    batch_size: options.BatchSize = 16,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> None:
     """Draw images from any model or exported directory: a grid and one PNG each."""
     from dpctl import sample as sampling
@@ -328,7 +301,7 @@ def sample(
 
 
 @app.command()
-def inspect(model: ModelArgument, json_: Json = False) -> None:
+def inspect(model: options.ModelArgument, json_: options.Json = False) -> None:
     """Show an artifact's lineage, widths, parameters and MACs."""
     from dpctl import inspect as inspection
 
@@ -336,7 +309,7 @@ def inspect(model: ModelArgument, json_: Json = False) -> None:
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
+def doctor(json_: options.Json = False) -> None:
     """Say what this machine can do, and what to do about what is missing."""
     from dpctl import doctor as diagnosis
 
