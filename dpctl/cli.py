@@ -53,6 +53,8 @@ def prune(
     floor: options.Floor = PRUNE.floor,
     keep: options.Keep = "",
     only: options.Only = "",
+    heads: options.Heads = PRUNE.heads,
+    norm_groups: options.NormGroups = PRUNE.norm_groups,
     seed: options.Seed = PRUNE.seed,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -76,6 +78,8 @@ def prune(
         floor=floor,
         keep=_names(keep),
         only=_names(only),
+        heads=heads,
+        norm_groups=norm_groups,
         seed=seed,
     )
     from dpctl import prune as pruning

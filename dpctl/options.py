@@ -36,6 +36,12 @@ Scope = Annotated[
 Floor = Annotated[float, typer.Option("--floor", help="Fraction of its channels that each group keeps, scope global.")]
 Keep = Annotated[str, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
 Only = Annotated[str, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")]
+Heads = Annotated[
+    bool, typer.Option("--heads", help="Take whole attention heads, not a part of each; --layout stock always does.")
+]
+NormGroups = Annotated[
+    bool, typer.Option("--norm-groups", help="Take whole GroupNorm groups where they fit, not a part of each.")
+]
 Criterion = Annotated[str, typer.Option("--criterion", help="random, magnitude, taylor, diff-pruning or fisher.")]
 Weighting = Annotated[
     str, typer.Option("--weighting", help="Timesteps that count: threshold, uniform, early, or auto: the criterion's.")

@@ -63,7 +63,8 @@ class PrunedUNet2DModel(_Travelling, UNet2DModel):
     """UNet2DModel(**base_config) with the layers named in `channels` narrowed.
 
     `base_config` is the unpruned model's config (so `config.block_out_channels` stays the unpruned value);
-    `channels` maps a module's name to [in, out] of a convolution, linear layer or embedding, or to [width] of a norm.
+    `channels` maps a module's name to [in, out] of a convolution, linear layer or embedding, to [width] of a norm or,
+    of a group norm that has another number of groups, [width, groups], and to [heads] of an attention that has fewer.
     """
 
     # Stock diffusers names a custom component by its class's module: this must be the name of the file beside the
@@ -92,10 +93,17 @@ def _arguments(base_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def narrow(unet: nn.Module, channels: Channels) -> None:
-    """Replace every layer named in `channels` by one of the same kind with these widths; weights are fresh."""
+    """Replace every layer named in `channels` by one of the same kind with these widths; weights are fresh.
+
+    An attention named there gets its number of heads.
+    """
     for name, widths in channels.items():
+        module: Any = unet.get_submodule(name)
+        if type(module).__name__ == "Attention":
+            module.heads = module.sliceable_head_dim = widths[0]
+            continue
         parent_name, _, leaf = name.rpartition(".")
-        setattr(unet.get_submodule(parent_name), leaf, _resized(unet.get_submodule(name), list(widths)))
+        setattr(unet.get_submodule(parent_name), leaf, _resized(module, list(widths)))
     for module in unet.modules():
         _fit_attributes(module)
 
@@ -114,7 +122,8 @@ def _resized(layer: nn.Module, widths: list[int]) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return nn.Linear(widths[0], widths[1], bias=layer.bias is not None)
     if isinstance(layer, nn.GroupNorm):
-        return nn.GroupNorm(layer.num_groups, widths[0], eps=layer.eps, affine=layer.affine)
+        groups = widths[1] if len(widths) > 1 else layer.num_groups
+        return nn.GroupNorm(groups, widths[0], eps=layer.eps, affine=layer.affine)
     if isinstance(layer, nn.LayerNorm):
         return nn.LayerNorm(widths[0], eps=layer.eps, elementwise_affine=layer.elementwise_affine)
     if isinstance(layer, nn.Embedding):
@@ -143,7 +152,7 @@ def _fit_attributes(module: Any) -> None:
 
 
 def widths(layer: nn.Module) -> list[int]:
-    """Return [in, out] or [width] of a layer, as `channels` has it. Raises TypeError for other kinds of modules."""
+    """Return [in, out] or [width] of a layer. Raises TypeError for other kinds of modules."""
     if isinstance(layer, nn.Conv2d):
         return [layer.in_channels, layer.out_channels]
     if isinstance(layer, nn.Linear):

@@ -69,6 +69,7 @@ class PruneRecipe:
     * `scope`: local (one ratio for every group), global (one ranking over the network, of which each group keeps the
       fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
     * `keep` and `only`: globs over module names.
+    * `heads` and `norm_groups`: whole attention heads and whole GroupNorm groups go, instead of a part of each.
     """
 
     criterion: str = "diff-pruning"
@@ -87,6 +88,8 @@ class PruneRecipe:
     floor: float = 0.0
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    heads: bool = False
+    norm_groups: bool = False
     seed: int = 0
 
 

@@ -70,10 +70,13 @@ def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progre
     from dpctl.prune.importance import Scoring
     from dpctl.prune.layout import find_levels
     from dpctl.prune.network import describe
-    from dpctl.prune.surgery import kept_indices, slim
+    from dpctl.prune.surgery import kept_indices, regrouped, slim
 
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
-    groups = restrict(find_groups(source.unet), recipe.keep, recipe.only)
+    # The stock class has no other head width.
+    whole_heads = recipe.heads or recipe.layout == "stock"
+    found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups)
+    groups = restrict(found, recipe.keep, recipe.only)
     levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
     network = describe(source.unet, groups)
     images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
@@ -82,8 +85,13 @@ def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progre
         scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
     plan, stock = _plan(source, network, scores, recipe, criterion.COMPARABLE, levels)
     kept = kept_indices(source.unet, groups, plan)
-    small = slim(source.unet, kept, stock)
-    return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe, groups.left_alone))
+    small = slim(source.unet, kept, stock, groups.whole)
+    named = {
+        "left_alone": groups.left_alone,
+        "in_parts": groups.in_parts,
+        "regrouped_norms": regrouped(source.unet, small, kept),
+    }
+    return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe) | named)
 
 
 def _plan(
@@ -93,7 +101,7 @@ def _plan(
     unpruned = _unpruned(source)
     if levels is None:
         return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
-    from dpctl.prune.layout import choose, search, tied
+    from dpctl.prune.layout import search, tied
 
     small, shared = tied(network, scores, levels)
     # The target's own plan says what may be spent; which widths the class can have is another matter.
@@ -101,7 +109,7 @@ def _plan(
     measure = "params" if recipe.target_params is not None else "macs"
     budget = max(small.cost(measure, planned), _budget(recipe, unpruned, measure))
     chosen = search(small, shared, measure, budget, recipe.align, lambda found: levels.expresses(source.unet, found))
-    return choose(network, scores, levels, chosen), levels.stock_config(chosen)
+    return select(network, scores, levels.group_widths(chosen)), levels.stock_config(chosen)
 
 
 def _widths(
@@ -160,9 +168,7 @@ def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
     return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 
 
-def _stats(
-    source: Model, small: Any, network: Any, plan: PruningPlan, recipe: PruneRecipe, left_alone: dict[str, str]
-) -> dict[str, Any]:
+def _stats(source: Model, small: Any, network: Any, plan: PruningPlan, recipe: PruneRecipe) -> dict[str, Any]:
     after = cost.stats(small)
     measured = (after["params"], after["macs"])
     if measured != (network.cost("params", plan.widths()), network.cost("macs", plan.widths())):
@@ -174,7 +180,6 @@ def _stats(
         "requested": {k: v for k in ("ratio", "target_macs", "target_params") if (v := getattr(recipe, k)) is not None},
         "achieved": {measure: after[measure] / unpruned[measure] for measure in ("macs", "params")},
         "widths": {name: [full[name], kept] for name, kept in plan.widths().items()},
-        "left_alone": left_alone,
     }
 
 

@@ -25,6 +25,12 @@ def check(recipe: PruneRecipe) -> None:
             f"keep {list(recipe.keep)}, only {list(recipe.only)}",
             "leave --keep and --only out, or use --layout free",
         )
+    if recipe.layout == "stock" and recipe.norm_groups:
+        raise DpctlError(
+            "--layout stock has one number of norm groups for all norms",
+            "--norm-groups, which takes groups out of single norms",
+            "leave --norm-groups out, or use --layout free",
+        )
     registry.check(CRITERIA, recipe.criterion, "criterion")
 
 

@@ -7,9 +7,9 @@ its selector averages the importance over norm groups, which is not the paper's 
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -38,25 +38,37 @@ class ChannelGroup:
     """Channels that live and die together.
 
     `name` is the module whose outputs they are, `width` their number. `segments` contiguous parts of equal size (norm
-    groups, attention heads) must keep equal numbers of channels.
+    groups, attention heads) must keep equal numbers of channels; in a group that is cut `whole`, every `block`
+    contiguous channels stay or go together instead, and the norms or the attention around them have fewer parts.
     """
 
     name: str
     width: int
     segments: int
     members: tuple[Member, ...]
+    block: int = 1
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All groups of a network, and those left alone: name -> reason."""
+    """All groups of a network; name -> reason of those left alone, and of those whose norm groups cannot go whole."""
 
     prunable: tuple[ChannelGroup, ...]
     left_alone: dict[str, str]
+    in_parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """The sides ``"<module>.<side>"`` that lose whole norm groups or heads."""
+        return frozenset(f"{m.module}.{m.side}" for group in self.prunable if group.whole for m in group.members)
 
 
-def find_groups(unet: Any) -> Groups:
-    """Trace `unet` and return its coupled channel groups in the order of the network's modules."""
+def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) -> Groups:
+    """Trace `unet` and return its coupled channel groups in the order of the network's modules.
+
+    With `heads` and `norm_groups` whole ones of these go, where they fit, instead of a part of each.
+    """
     import torch_pruning
 
     order = {module: name for name, module in unet.named_modules()}
@@ -66,7 +78,7 @@ def find_groups(unet: Any) -> Groups:
         inputs = unet_arguments(example_inputs(unet))
         graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
         raw = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
-    prunable, left_alone = [], {}
+    found, left_alone, in_parts = [], {}, dict[str, str]()
     for group in raw:
         name = order[group[0].dep.target.module]
         members, reason = _members(graph, group, order)
@@ -74,13 +86,18 @@ def find_groups(unet: Any) -> Groups:
         segments = _segments(unet, members)
         if reason is None and not all(_evenly(member, width) for member in members):
             reason = "a layer has only some of its channels"  # scale and shift of one norm from one layer
-        if reason is None and width % segments:
-            reason = f"its width {width} is no multiple of {segments} norm groups or heads"
         if reason is None:
-            prunable.append(ChannelGroup(name, width, segments, members))
+            found.append(ChannelGroup(name, width, segments, members))
         else:
             left_alone[name] = reason
-    return Groups(tuple(prunable), left_alone)
+    if heads:
+        found = [_in_heads(unet, group) for group in found]
+    if norm_groups:
+        found, in_parts = in_norm_groups(unet, found)
+    for g in found:
+        if g.width % g.segments:
+            left_alone[g.name] = f"its width {g.width} is no multiple of {g.segments} norm groups or heads"
+    return _without(found, left_alone, in_parts)
 
 
 def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups:
@@ -104,10 +121,18 @@ def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups
             left_alone[group.name] = f"kept by {kept_by}"
         elif only and named(group, only) is None:
             left_alone[group.name] = "not among those asked for"
-    prunable = tuple(group for group in groups.prunable if group.name not in left_alone)
-    if not prunable:
+    restricted = _without(groups.prunable, left_alone, groups.in_parts)
+    if not restricted.prunable:
         raise DpctlError("no group is left to prune", f"keep {list(keep)}, only {list(only)}", "name fewer, or others")
-    return Groups(prunable, left_alone)
+    return restricted
+
+
+def _without(groups: Sequence[ChannelGroup], left_alone: dict[str, str], in_parts: dict[str, str]) -> Groups:
+    return Groups(
+        tuple(group for group in groups if group.name not in left_alone),
+        left_alone,
+        {name: reason for name, reason in in_parts.items() if name not in left_alone},
+    )
 
 
 @contextmanager
@@ -190,6 +215,65 @@ def _segments(unet: Any, members: tuple[Member, ...]) -> int:
         if is_inner(member):
             parts = math.lcm(parts, unet.get_submodule(member.module.rpartition(".")[0]).heads)
     return parts
+
+
+def _in_heads(unet: Any, group: ChannelGroup) -> ChannelGroup:
+    """Return a group cut in whole heads, where it is the inner width of an attention that has several."""
+    if not any(is_inner(member) for member in group.members) or group.segments == 1:
+        return group
+    return replace(group, segments=1, block=group.width // group.segments, whole=True)
+
+
+def in_norm_groups(unet: Any, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Return the groups, cut in whole norm groups where they fit, and name -> reason of those cut in parts.
+
+    A norm either keeps its number of groups, and each of its channel groups loses a part of each, or all of them lose
+    whole norm groups: what one of them cannot do, the others do not do either.
+    """
+    norms: dict[str, list[tuple[ChannelGroup, Member]]] = {}
+    block: dict[str, int] = {}
+    for group in groups:
+        for member in group.members:
+            norm = unet.get_submodule(member.module)
+            if isinstance(norm, nn.GroupNorm):
+                norms.setdefault(member.module, []).append((group, member))
+                block[group.name] = math.lcm(block.get(group.name, 1), norm.num_channels // norm.num_groups)
+    in_parts = {
+        group.name: "no less than all of it is whole norm groups of every norm over it"
+        for group in groups
+        if block.get(group.name, 0) >= group.width
+    }
+    for name, holders in norms.items():
+        mixed = _mixed(unet.get_submodule(name), holders, block)
+        in_parts |= dict.fromkeys(mixed, f"a norm group of {name} has channels of others too")
+    while more := _beside(norms, in_parts):
+        in_parts |= more
+    whole = block.keys() - in_parts.keys()
+    return [replace(g, segments=1, block=block[g.name], whole=True) if g.name in whole else g for g in groups], in_parts
+
+
+def _mixed(
+    norm: nn.GroupNorm, holders: Sequence[tuple[ChannelGroup, Member]], block: Mapping[str, int]
+) -> dict[str, None]:
+    """Return the channel groups of which a block does not consist of whole groups of this norm."""
+    owners: list[tuple[str, int]] = [("", 0)] * norm.num_channels  # "": left alone
+    for group, member in holders:
+        for position, channel in zip(member.index, member.channel, strict=True):
+            owners[position] = (group.name, channel // block[group.name])
+    size = norm.num_channels // norm.num_groups
+    parts = [dict.fromkeys(owners[start : start + size]) for start in range(0, norm.num_channels, size)]
+    return {name: None for part in parts if len(part) > 1 for name, _ in part if name}
+
+
+def _beside(norms: Mapping[str, Sequence[tuple[ChannelGroup, Member]]], in_parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the groups that share a norm with one that is cut in parts, each with the reason."""
+    found = {}
+    for name, holders in norms.items():
+        first = next((group.name for group, _ in holders if group.name in in_parts), None)
+        for group, _ in holders if first is not None else ():
+            if group.name not in in_parts:
+                found[group.name] = f"it shares {name} with {first}, which is cut in parts"
+    return found
 
 
 def is_inner(member: Member) -> bool:

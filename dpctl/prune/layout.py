@@ -16,8 +16,8 @@ from torch import nn
 
 from dpctl.errors import DpctlError
 from dpctl.models import build_unet
-from dpctl.prune.groups import Groups, is_inner
-from dpctl.prune.plan import Network, PruningPlan, Side, Span, best
+from dpctl.prune.groups import Groups
+from dpctl.prune.plan import Network, Side, Span
 from dpctl.pruned_unet import widths
 
 # So many plans are priced in about a second.
@@ -26,11 +26,10 @@ COMBINATIONS = 20_000
 
 @dataclass(frozen=True)
 class Tie:
-    """A group's width is `times` the width of its level; `block` channels of it (a head) stay or go together."""
+    """A group's width is `times` the width of its level."""
 
     level: str
     times: int
-    block: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def find_levels(unet: Any, groups: Groups) -> Levels:
             width = dict(zip(names, config["block_out_channels"], strict=True))[level]
             if after != factor * before or group.width % width or group.name in found:
                 raise _inexpressible(group.name, f"does not follow the width of {level} alone")
-            found[group.name] = Tie(level, group.width // width, _block(unet, group))
+            found[group.name] = Tie(level, group.width // width)
     for group in groups.prunable:
         if group.name not in found:
             raise _inexpressible(group.name, "follows no level")
@@ -129,7 +128,7 @@ def tied(network: Network, scores: Mapping[str, Sequence[float]], levels: Levels
         # A level's width must suit the parts of each of its groups and hold whole heads.
         unit = math.lcm(*(_unit(by_name[name], tie) for name, tie in members.items()))
         spans.append(Span(level, width, 1, unit))
-        ranked = {name: _ranked(scores[name], tie) for name, tie in members.items()}
+        ranked = {name: _ranked(scores[name], by_name[name].block) for name in members}
         values[level] = [
             math.fsum(sum(ranked[name][r * tie.times : (r + 1) * tie.times]) for name, tie in members.items())
             for r in range(width)
@@ -173,40 +172,15 @@ def _choices(span: Span, align: int) -> list[int]:
     return [*range(step, span.width, step), span.width]
 
 
-def choose(
-    network: Network, scores: Mapping[str, Sequence[float]], levels: Levels, chosen: Mapping[str, int]
-) -> PruningPlan:
-    """Return the plan that keeps the best channels, or whole heads, of every group at these widths of the levels."""
-    keep = {}
-    for name, width in levels.group_widths(chosen).items():
-        span, block, values = next(s for s in network.spans if s.name == name), levels.ties[name].block, scores[name]
-        if block == 1:
-            keep[name] = best(span, values, width)
-            continue
-        heads = [math.fsum(values[start : start + block]) for start in range(0, span.width, block)]
-        stay = sorted(sorted(range(len(heads)), key=lambda head: (-heads[head], head))[: width // block])
-        keep[name] = tuple(channel for head in stay for channel in range(head * block, (head + 1) * block))
-    return PruningPlan(keep)
-
-
-def _block(unet: Any, group: Any) -> int:
-    """Return the width of a head where a group is the inner width of an attention of several heads, else 1."""
-    inner = next((member.module for member in group.members if is_inner(member)), None)
-    if inner is None:
-        return 1
-    heads = unet.get_submodule(inner.rpartition(".")[0]).heads
-    return group.width // heads if heads > 1 else 1
-
-
 def _unit(span: Span, tie: Tie) -> int:
     """Return what a level's width must be a multiple of for this group."""
-    parts = tie.block if tie.block > 1 else span.segments
-    return parts // math.gcd(parts, tie.times)
+    step = span.step(1)
+    return step // math.gcd(step, tie.times)
 
 
-def _ranked(values: Sequence[float], tie: Tie) -> list[float]:
+def _ranked(values: Sequence[float], block: int) -> list[float]:
     """Return a group's scores, best first; of heads, head by head."""
-    blocks = [sorted(values[i : i + tie.block], reverse=True) for i in range(0, len(values), tie.block)]
+    blocks = [sorted(values[i : i + block], reverse=True) for i in range(0, len(values), block)]
     return [value for block in sorted(blocks, key=sum, reverse=True) for value in block]
 
 

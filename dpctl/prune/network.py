@@ -21,7 +21,7 @@ def describe(unet: Any, groups: Groups) -> Network:
             side[group.name] = side.get(group.name, 0) + len(member.index) // group.width
     full = {group.name: group.width for group in groups.prunable}
     layers = [_layer(name, m, counted, repeats, full) for name, m in unet.named_modules() if has_own_weights(m)]
-    return Network(tuple(Span(g.name, g.width, g.segments) for g in groups.prunable), tuple(layers))
+    return Network(tuple(Span(g.name, g.width, g.segments, block=g.block) for g in groups.prunable), tuple(layers))
 
 
 def has_own_weights(module: nn.Module) -> bool:

@@ -1,9 +1,9 @@
 """Scores + target -> PruningPlan: which channels stay. Pure: no model, no torch.
 
 The paper's selection: the worst channels go independently inside each GroupNorm group, an equal number in each
-(Diff-Pruning's reference code with Torch-Pruning 1.3.1). A width is therefore a multiple of the norm groups, and of
-`align` where that is wanted: a staircase. A ratio is one for all groups; a MACs or parameter target is met by taking
-single steps of that staircase, in the order of importance per cost.
+(Diff-Pruning's reference code with Torch-Pruning 1.3.1). A width is therefore a multiple of the norm groups (or of
+their size, where whole ones go), and of `align` where that is wanted: a staircase. A ratio is one for all groups; a
+MACs or parameter target is met by taking single steps of that staircase, in the order of importance per cost.
 """
 
 import heapq
@@ -19,17 +19,19 @@ from dpctl.errors import DpctlError
 class Span:
     """The channels of one group as planning sees them: `width` channels in `segments` equal contiguous parts.
 
-    A width is a multiple of `unit` besides.
+    `block` contiguous channels (a head, a norm group) stay or go together; where that is more than one, there is one
+    segment. A width is a multiple of `unit` besides.
     """
 
     name: str
     width: int
     segments: int
     unit: int = 1
+    block: int = 1
 
     def step(self, align: int) -> int:
         """Return the granularity of this group's width; its full width is allowed whether or not a multiple."""
-        return math.lcm(self.segments, self.unit, align)
+        return math.lcm(self.segments, self.block, self.unit, align)
 
     def narrower(self, width: int, align: int) -> int:
         """Return the next allowed width below `width`, or `width` itself where that is the last step."""
@@ -266,13 +268,17 @@ def _importance(span: Span, scores: Mapping[str, Sequence[float]], width: int) -
 
 
 def best(span: Span, scores: Sequence[float], width: int) -> tuple[int, ...]:
-    """Return the `width` best channels, equally many from each part, ascending; ties go to the lower index."""
-    part, quota = span.width // span.segments, width // span.segments
+    """Return the `width` best channels, equally many from each part, ascending; ties go to the lower index.
+
+    Where channels stay or go in blocks, the blocks with the largest sums are the best.
+    """
+    part, quota, block = span.width // span.segments, width // span.segments // span.block, span.block
+    sums = scores if block == 1 else [math.fsum(scores[start : start + block]) for start in range(0, span.width, block)]
     kept: list[int] = []
-    for start in range(0, span.width, part):
-        ranked = sorted(range(start, start + part), key=lambda channel: (-scores[channel], channel))
+    for start in range(0, span.width // block, part // block):
+        ranked = sorted(range(start, start + part // block), key=lambda number: (-sums[number], number))
         kept += ranked[:quota]
-    return tuple(sorted(kept))
+    return tuple(number * block + channel for number in sorted(kept) for channel in range(block))
 
 
 def select(network: Network, scores: Mapping[str, Sequence[float]], widths: Mapping[str, int]) -> PruningPlan:

@@ -3,10 +3,11 @@
 Nothing of the original is changed: the kept slices are copied into a pruned class of the same family.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpctl import pruned_unet
 from dpctl.cost import example_inputs
@@ -35,14 +36,15 @@ def kept_indices(unet: Any, groups: Groups, plan: PruningPlan) -> Kept:
     return kept
 
 
-def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None) -> Any:
+def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: Collection[str] = ()) -> Any:
     """Return the kept slices of `unet` as a pruned class of its family; ensures that it runs, with finite outputs.
 
-    With `stock`, a config of the plain class that has these widths, it is one of that class. The slim attention divides
+    With `stock`, a config of the plain class that has these widths, it is one of that class. The sides in `whole`
+    (`Groups.whole`) lost whole norm groups or heads: their norms and attentions get fewer. The slim attention divides
     by the root of its *new* head width; the factor that keeps the softmax temperature of the original is folded into
     to_q.
     """
-    small = build_unet(stock) if stock is not None else _free(unet, kept)
+    small = build_unet(stock) if stock is not None else _free(unet, kept, whole)
     state = dict(unet.state_dict())
     for key, index in kept.items():
         name, _, side = key.rpartition(".")
@@ -64,13 +66,48 @@ def _head_width(unet: Any, to_q: str) -> float:
     return unet.get_submodule(to_q).out_features / unet.get_submodule(to_q.rpartition(".")[0]).heads
 
 
-def _free(unet: Any, kept: Kept) -> Any:
+def _free(unet: Any, kept: Kept, whole: Collection[str]) -> Any:
     """Return the pruned class of the network's family with the widths that `kept` leaves and weights yet to come."""
     channels = dict(getattr(unet.config, "channels", None) or {})
-    channels |= {name: _new_widths(unet, name, kept) for name in sorted({key.rpartition(".")[0] for key in kept})}
+    for name in sorted({key.rpartition(".")[0] for key in kept}):
+        channels |= _entries(unet, name, kept, channels, f"{name}.out" in whole)
     base = getattr(unet.config, "base_config", None) or {k: v for k, v in unet.config.items() if not k.startswith("_")}
     kind = getattr(pruned_unet, PRUNED + type(unet).__name__.removeprefix(PRUNED))
     return kind(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
+
+
+def _entries(unet: Any, name: str, kept: Kept, earlier: Mapping[str, Any], whole: bool) -> dict[str, list[int]]:
+    """Return what the pruned class has to know of a layer and, of a to_q whose heads went whole, of its attention."""
+    module, new = unet.get_submodule(name), _new_widths(unet, name, kept)
+    if isinstance(module, nn.GroupNorm):
+        groups = module.num_groups * new[0] // module.num_channels if whole else module.num_groups
+        # Of the unpruned network's own number nothing is said, so that most norms are one number.
+        known = groups == module.num_groups and len(earlier.get(name, [])) < 2
+        return {name: new if known else [*new, groups]}
+    if whole and name.endswith(".to_q"):
+        attention = name.rpartition(".")[0]
+        return {name: new, attention: [unet.get_submodule(attention).heads * new[1] // module.out_features]}
+    return {name: new}
+
+
+def regrouped(unet: Any, small: Any, kept: Kept) -> dict[str, float]:
+    """Return norm -> fraction of its channels that changed to another of its groups, of norms where some did.
+
+    Two tensors that are concatenated and shrink by different fractions move the boundaries of the groups. Groups that
+    moved up because whole ones before them went are the same.
+    """
+    found = {}
+    for name, norm in unet.named_modules():
+        if not isinstance(norm, nn.GroupNorm) or f"{name}.out" not in kept:
+            continue
+        groups, index = small.get_submodule(name).num_groups, kept[f"{name}.out"]
+        before = index // (norm.num_channels // norm.num_groups)
+        if groups != norm.num_groups:
+            before = torch.unique(before, return_inverse=True)[1]
+        after = torch.arange(len(index)) // (len(index) // groups)
+        if moved := int((before != after).sum()):
+            found[name] = moved / len(index)
+    return found
 
 
 def compose(parent: Kept | None, kept: Kept) -> Kept:
