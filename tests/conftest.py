@@ -174,16 +174,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def families() -> dict[str, Callable[[], Any]]:
-    """Return family name -> function that builds its toy in eval mode, norms and biases random too."""
+def families() -> dict[str, Callable[..., Any]]:
+    """Return family name -> function that builds its toy in eval mode, norms and biases random too.
 
-    def make(kind: str, config: dict[str, Any]) -> Any:
+    It takes config values to change.
+    """
+
+    def make(kind: str, config: dict[str, Any], **changed: Any) -> Any:
         import diffusers
         import torch
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            unet = getattr(diffusers, kind)(**config)
+            unet = getattr(diffusers, kind)(**(config | changed))
             with torch.no_grad():
                 for parameter in unet.parameters():
                     if parameter.ndim == 1:

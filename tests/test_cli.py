@@ -133,6 +133,10 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path, prune
             PruneRecipe("taylor", ratio=0.3, seed=7),
         ),
         (
+            ("prune", "missing", "--out", "out", "--ratio", "0.3", "--heads", "--norm-groups"),
+            PruneRecipe(ratio=0.3, heads=True, norm_groups=True),
+        ),
+        (
             ("finetune", "missing", "--out", "out", "--steps", "5", "--distillation", "0", "--from-scratch"),
             FinetuneRecipe(steps=5, distillation=0.0, from_scratch=True),
         ),

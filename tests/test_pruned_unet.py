@@ -223,6 +223,23 @@ def test_narrow_keeps_everything_but_the_widths(layer: nn.Module, new: list[int]
     assert parent["layer"].extra_repr() == before != after
 
 
+def test_narrow_changes_the_number_of_groups_where_it_is_told() -> None:
+    parent = nn.ModuleDict({"layer": nn.GroupNorm(8, 32, eps=0.5)})
+    narrow(parent, {"layer": [24, 6]})
+    assert parent["layer"].extra_repr() == nn.GroupNorm(6, 24, eps=0.5).extra_repr()
+
+
+def test_narrow_changes_the_number_of_heads_and_not_their_width() -> None:
+    parent = nn.ModuleDict({"attention": Attention(32, heads=4, dim_head=8)})
+    scale = parent["attention"].scale
+    projections = {f"attention.{name}": [32, 24] for name in ("to_q", "to_k", "to_v")}
+    narrow(parent, projections | {"attention.to_out.0": [24, 32], "attention": [3]})
+    attention = parent["attention"]
+    assert (attention.heads, attention.sliceable_head_dim, attention.inner_dim) == (3, 3, 24)
+    assert attention.scale == scale
+    assert attention(torch.ones(1, 5, 32)).shape == (1, 5, 32)
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.Conv1d(2, 2, 1), nn.SiLU()])
 def test_narrow_refuses_what_it_does_not_know(layer: nn.Module) -> None:
     with pytest.raises(TypeError, match=type(layer).__name__):

@@ -93,7 +93,7 @@ def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) ->
     if heads:
         found = [_in_heads(unet, group) for group in found]
     if norm_groups:
-        found, in_parts = in_norm_groups(unet, found)
+        found, in_parts = _in_norm_groups(unet, found)
     for g in found:
         if g.width % g.segments:
             left_alone[g.name] = f"its width {g.width} is no multiple of {g.segments} norm groups or heads"
@@ -224,7 +224,7 @@ def _in_heads(unet: Any, group: ChannelGroup) -> ChannelGroup:
     return replace(group, segments=1, block=group.width // group.segments, whole=True)
 
 
-def in_norm_groups(unet: Any, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _in_norm_groups(unet: Any, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Return the groups, cut in whole norm groups where they fit, and name -> reason of those cut in parts.
 
     A norm either keeps its number of groups, and each of its channel groups loses a part of each, or all of them lose
@@ -239,7 +239,7 @@ def in_norm_groups(unet: Any, groups: Sequence[ChannelGroup]) -> tuple[list[Chan
                 norms.setdefault(member.module, []).append((group, member))
                 block[group.name] = math.lcm(block.get(group.name, 1), norm.num_channels // norm.num_groups)
     in_parts = {
-        group.name: "no less than all of it is whole norm groups of every norm over it"
+        group.name: "its norms have no whole groups in common below its full width"
         for group in groups
         if block.get(group.name, 0) >= group.width
     }

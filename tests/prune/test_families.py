@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dpctl import cost
 from dpctl.models import load_model
@@ -22,8 +24,10 @@ NAMES = (
     *("ddpm", "ldm", "class-conditional", "ncsnpp", "resnet-resampling", "scale-shift"),
     *("stable-diffusion", "sdxl", "inpainting"),
 )
+# Each family is cut in parts of heads and norm groups, and in whole ones.
+WHOLE = tuple(f"{name} whole" for name in NAMES)
 Families = dict[str, Callable[[], Any]]
-family = pytest.mark.parametrize("name", NAMES)
+family = pytest.mark.parametrize("name", NAMES + WHOLE)
 
 
 def inputs(unet: Any) -> dict[str, torch.Tensor]:
@@ -43,11 +47,12 @@ def run(unet: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def slim(families: Families, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every family's toy as stock saves it, and pruned: NAME/base and NAME/slim."""
+    """A folder with every family's toy as stock saves it, and pruned in both ways: NAME/base and NAME/slim."""
     folder = tmp_path_factory.mktemp("families")
-    for name, make in families.items():
-        make().save_pretrained(folder / name / "base")
-        recipe = PruneRecipe(criterion="magnitude", ratio=0.5, align=1)
+    for name in NAMES + WHOLE:
+        whole = name in WHOLE
+        families[name.removesuffix(" whole")]().save_pretrained(folder / name / "base")
+        recipe = PruneRecipe(criterion="magnitude", ratio=0.5, align=1, heads=whole, norm_groups=whole)
         prune(str(folder / name / "base"), folder / name / "slim", recipe)
     return folder
 
@@ -62,6 +67,22 @@ def test_a_cut_is_about_what_was_asked_for(slim: Path, name: str) -> None:
     assert manifest is not None
     assert manifest.stats["achieved"]["params"] < 0.5
     assert manifest.stats["left_alone"] == {"conv_out": "it is the network's output"}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_heads_and_norm_groups_are_fewer_of_the_same_size(slim: Path, name: str) -> None:
+    base, small = (load_model(slim / name / which).unet for which in ("base", "slim"))
+    norms = {n: m for n, m in base.named_modules() if isinstance(m, nn.GroupNorm)}
+    fewer = {n for n in norms if small.get_submodule(n).num_groups < norms[n].num_groups}
+    assert any(n.endswith(".norm2") for n in fewer)
+    assert fewer == {n for n in norms if len(small.config.channels[n]) == 2}
+    for n in fewer:
+        new = small.get_submodule(n)
+        assert new.num_channels // new.num_groups == norms[n].num_channels // norms[n].num_groups
+    for n, attention in base.named_modules():
+        if isinstance(attention, Attention) and attention.heads > 1:
+            assert small.config.channels[n] == [small.get_submodule(n).heads] == [attention.heads // 2]
+            assert small.get_submodule(n).inner_dim == attention.inner_dim // 2
 
 
 @family
@@ -101,7 +122,7 @@ for family in sorted(folder.iterdir()):
 
 @pytest.fixture(scope="module")
 def stock(slim: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for name in NAMES:
+    for name in NAMES + WHOLE:
         save_file(inputs(load_model(slim / name / "slim").unet), slim / name / "inputs.safetensors")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

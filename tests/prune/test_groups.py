@@ -98,6 +98,33 @@ def test_segments_are_norm_groups_and_heads(toy_unet: Any, groups: Groups) -> No
     assert all(g.width % g.segments == 0 for g in groups.prunable)
 
 
+def test_heads_and_norm_groups_go_whole_where_they_fit(toy_unet: Any, groups: Groups) -> None:
+    whole = find_groups(toy_unet, heads=True, norm_groups=True)
+    assert [g.name for g in whole.prunable] == [g.name for g in groups.prunable]
+    found = by_name(whole)
+    assert all((g.segments, g.block, g.whole) == (1, 16, True) for name, g in found.items() if ".attentions." in name)
+    # Its own norms have groups of 8 channels, those over it and itself, 128 channels, groups of 16.
+    assert found["down_blocks.1.resnets.0.conv_shortcut"].block == 16
+    assert found["mid_block.resnets.0.conv1"].block == 8
+    assert not found["time_embedding.linear_1"].whole
+    # 64 + 32 channels in groups of 12: the sixth has four of the former and eight of the latter.
+    mixed = "a norm group of up_blocks.1.resnets.0.norm1 has channels of others too"
+    assert whole.in_parts["conv_in"] == whole.in_parts["up_blocks.0.upsamplers.0.conv"] == mixed
+    shares = "it shares up_blocks.1.resnets.1.norm1 with conv_in, which is cut in parts"
+    assert whole.in_parts["up_blocks.1.resnets.0.conv_shortcut"] == shares
+    for name in whole.in_parts:
+        assert found[name] == by_name(groups)[name]
+
+
+@pytest.mark.parametrize(("norm_groups", "whole"), [(1, False), (2, True), (32, True)])
+def test_one_norm_group_cannot_go(make_unet: Callable[..., Any], norm_groups: int, whole: bool) -> None:
+    unet = make_unet(norm_num_groups=norm_groups)
+    found = find_groups(unet, norm_groups=True)
+    group = by_name(found)["down_blocks.0.resnets.0.conv1"]
+    assert (group.whole, group.name in found.in_parts) == (whole, not whole)
+    assert group.block == (32 // norm_groups if whole else 1)
+
+
 def test_a_tensor_concatenated_with_itself_counts_twice(groups: Groups) -> None:
     group = by_name(groups)["down_blocks.1.resnets.0.conv_shortcut"]
     twice = next(m for m in group.members if m.module == "up_blocks.0.resnets.0.conv1" and m.side == "in")

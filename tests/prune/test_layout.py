@@ -164,6 +164,7 @@ def test_a_group_hangs_on_one_level(families: Families) -> None:
     [
         ({}, replace(STOCK, layout="stok"), "unknown layout"),
         ({}, replace(STOCK, keep=("mid_block.*",)), "one width per level"),
+        ({}, replace(STOCK, norm_groups=True), "one number of norm groups"),
         ({"block_out_channels": (64, 64)}, STOCK, "width of level 0"),
         ({}, replace(STOCK, ratio=None, target_macs=0.01), "cannot be reached"),
     ],

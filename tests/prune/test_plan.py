@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -10,11 +11,15 @@ from hypothesis import strategies as st
 from dpctl.errors import DpctlError
 from dpctl.prune.plan import Layer, Network, Side, Span, best, select, uniform, width_at, widths_for_target
 
-spans = st.builds(
+in_parts = st.builds(
     lambda segments, part: Span("a", segments * part, segments),
     st.sampled_from([1, 2, 3, 4, 8, 32]),
     st.integers(1, 12),
 )
+in_blocks = st.builds(
+    lambda block, number: Span("a", block * number, 1, block=block), st.sampled_from([2, 3, 8, 40]), st.integers(1, 12)
+)
+spans = in_parts | in_blocks
 aligns = st.sampled_from([1, 2, 3, 8, 16])
 ratios = st.floats(0.0, 1.0)
 measures = st.sampled_from(["macs", "params", "channels"])
@@ -25,7 +30,7 @@ scopes = st.sampled_from(["local", "global"])
 def networks(draw: st.DrawFn) -> Network:
     """A chain of layers, each from one group to the next, with a skip connection now and then and a norm each."""
     drawn = draw(st.lists(spans, min_size=1, max_size=4))
-    groups = [Span(f"g{i}", span.width, span.segments) for i, span in enumerate(drawn)]
+    groups = [replace(span, name=f"g{i}") for i, span in enumerate(drawn)]
     layers, before = [], Side(draw(st.integers(1, 4)))
     for i, span in enumerate(groups):
         here = Side(0, {span.name: 1})
@@ -50,7 +55,7 @@ def scored(draw: st.DrawFn) -> tuple[Network, dict[str, list[float]]]:
 
 
 def allowed(span: Span, width: int, align: int) -> bool:
-    step = math.lcm(span.segments, align)
+    step = math.lcm(span.segments, span.block, align)
     return width == span.width or (0 < width < span.width and width % step == 0)
 
 
@@ -98,6 +103,20 @@ def test_the_staircase(width: int, segments: int, ratio: float, align: int, left
     assert width_at(Span("a", width, segments), ratio, align) == left
 
 
+@pytest.mark.parametrize(
+    ("width", "block", "ratio", "align", "left"),
+    [
+        (320, 40, 0.3, 8, 240),  # two of eight heads
+        (320, 40, 0.3, 16, 240),  # lcm(40, 16) = 80: two heads at a time
+        (120, 40, 0.9, 16, 80),
+        (40, 40, 0.9, 8, 40),  # the last one stays
+        (60, 12, 0.5, 1, 36),  # 30 and up to whole blocks
+    ],
+)
+def test_the_staircase_of_blocks(width: int, block: int, ratio: float, align: int, left: int) -> None:
+    assert width_at(Span("a", width, 1, block=block), ratio, align) == left
+
+
 # --- choosing ----------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +131,8 @@ def test_equally_many_channels_stay_in_each_segment_and_they_are_its_best(
     for span in network.spans:
         kept, part = plan.keep[span.name], span.width // span.segments
         assert list(kept) == sorted(set(kept))
+        if span.block > 1:
+            continue
         for start in range(0, span.width, part):
             inside = [c for c in kept if start <= c < start + part]
             gone = [c for c in range(start, start + part) if c not in inside]
@@ -120,7 +141,19 @@ def test_equally_many_channels_stay_in_each_segment_and_they_are_its_best(
             assert min(values[c] for c in inside) >= max((values[c] for c in gone), default=0.0)
 
 
-@given(spans, st.data())
+@given(in_blocks, ratios, st.data())
+def test_blocks_stay_whole_and_those_of_the_largest_sums_stay(span: Span, ratio: float, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 9), min_size=span.width, max_size=span.width))
+    blocks = [range(start, start + span.block) for start in range(0, span.width, span.block)]
+    kept = best(span, values, width_at(span, ratio, 1))
+    staying = [block for block in blocks if block[0] in kept]
+    assert kept == tuple(channel for block in staying for channel in block)
+    sums = {block: sum(values[channel] for channel in block) for block in blocks}
+    gone = [sums[block] for block in blocks if block not in staying]
+    assert min(sums[block] for block in staying) >= max(gone, default=0)
+
+
+@given(in_parts, st.data())
 def test_permuting_the_channels_of_a_segment_permutes_the_choice(span: Span, data: st.DataObject) -> None:
     part = span.width // span.segments
     values = data.draw(st.permutations(range(span.width)))  # all different: no ties
@@ -132,6 +165,7 @@ def test_permuting_the_channels_of_a_segment_permutes_the_choice(span: Span, dat
 
 def test_ties_go_to_the_lower_index() -> None:
     assert best(Span("a", 6, 2), [1.0] * 6, 4) == (0, 1, 3, 4)
+    assert best(Span("a", 6, 1, block=2), [1.0] * 6, 4) == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
