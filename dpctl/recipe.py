@@ -17,6 +17,7 @@ TARGETS = ("ratio", "target_macs", "target_params")
 SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
 REDUCTIONS = ("sum-abs", "abs-sum")
+FRACTIONS_OF = ("model", "unpruned")
 WEIGHTINGS = ("auto", "threshold", "uniform", "early")
 
 
@@ -68,6 +69,8 @@ class PruneRecipe:
     * `layout`: free lets every width differ; stock gives one width per level, and a plain diffusers class.
     * `scope`: local (one ratio for every group), global (one ranking over the network, of which each group keeps the
       fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
+    * `fractions_of`: what `ratio`, `floor` and one ratio for every group are of: the model that is cut, or the unpruned
+      one that it descends from. The two targets are of the unpruned one always.
     * `keep` and `only`: globs over module names.
     """
 
@@ -85,6 +88,7 @@ class PruneRecipe:
     layout: str = "free"
     scope: str = "auto"
     floor: float = 0.0
+    fractions_of: str = "model"
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     seed: int = 0
