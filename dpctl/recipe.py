@@ -122,14 +122,19 @@ class BenchRecipe:
 class ChainRecipe:
     """`dpctl run`: the whole chain of one model.
 
-    `scratch` adds the same slim architecture, trained from random weights by the same recipe, to the comparison. The
-    defaults are the demo's: about five minutes on two cores.
+    With `rounds` above 1 the cut is made in so many rounds, each but the last followed by a distillation by `between`.
+    `scratch` adds the same slim architecture, trained from random weights by the same recipe for as many steps in all,
+    to the comparison. The defaults are the demo's: about five minutes on two cores.
     """
 
     model: str = "reference"
     scratch: bool = False
+    rounds: int = 1
     prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(target_macs=0.5, align=16))
     finetune: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe(steps=100, learning_rate=6e-4))
+    between: FinetuneRecipe = field(
+        default_factory=lambda: FinetuneRecipe(steps=50, learning_rate=6e-4, warmup_steps=5)
+    )
     export: ExportRecipe = field(default_factory=ExportRecipe)
     bench: BenchRecipe = field(default_factory=lambda: BenchRecipe(rounds=10, samples=256))
 
