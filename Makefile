@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
 
-.PHONY: help setup check test test-all demo evidence bench reference clean distclean
+.PHONY: help setup check test test-all demo evidence rounds bench reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -73,6 +73,11 @@ evidence: $(STAMP) ## the long run behind docs/, about half an hour; continues a
 	sed -i 's#$(CURDIR)/##g; s#$(HOME)/#~/#g' docs/evidence/*.json docs/evidence/*.md docs/evidence/all-threads/*.json \
 		docs/evidence/all-threads/*.md
 	echo "[evidence] docs/evidence/report.md; the page is evidence/bench/report.html"
+
+rounds: $(STAMP) ## a cut to 20 % of the MACs in three rounds and in one, as many steps each; continues after a stop
+	$(BIN)/dpctl run examples/one-cut.toml --out rounds/one-cut
+	$(BIN)/dpctl run examples/rounds.toml --out rounds/three-rounds
+	$(BIN)/python scripts/rounds_against_one_cut.py 'one cut=rounds/one-cut' 'three rounds=rounds/three-rounds'
 
 bench: $(STAMP) ## measure the demo's models again
 	$(BIN)/dpctl bench reference demo/finetuned --out demo/bench-again --force

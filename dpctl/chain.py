@@ -2,11 +2,15 @@
 
 A stage is done when its output's manifest (or bench file) names the same recipe and the digest of the same input. There
 is no state beside the artifacts, so a killed run goes on where it was, and a changed recipe redoes what it changes.
+
+A deep cut may be made in rounds of pruning and distillation, one pair of artifacts each; the unpruned model is the
+teacher of all.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +19,26 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
 from dpctl.models import load_model, resolve
-from dpctl.recipe import BenchRecipe, ChainRecipe, FinetuneRecipe, to_dict
+from dpctl.recipe import TARGETS, BenchRecipe, ChainRecipe, FinetuneRecipe, PruneRecipe, to_dict
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round cuts and trains by."""
+
+    prune: PruneRecipe
+    finetune: FinetuneRecipe
 
 
 def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Any:
     """Run the chain below `out` and return the bench's result; raises what the stages raise."""
-    from dpctl import finetune as finetuning
-    from dpctl import prune as pruning
-
     check(recipe)
-    digest = source_digest(recipe.model)
-    pruned, finetuned, scratch = out / "pruned", out / "finetuned", out / "scratch"
-    cut = _stage(
-        pruned,
-        to_dict(recipe.prune),
-        digest,
-        lambda: pruning.prune(recipe.model, pruned, recipe.prune, force=True, bar=bar),
-    )
-    tuned = _finetune(finetuning, pruned, finetuned, recipe.finetune, cut.digest, bar)
+    finetuned, scratch = out / "finetuned", out / "scratch"
+    cut = cut_in_rounds(recipe, out, bar=bar)
+    tuned = _finetune(out / "pruned", finetuned, recipe.finetune, cut.digest, bar)
     candidates = [str(finetuned)]
     if recipe.scratch:
-        _finetune(finetuning, pruned, scratch, dataclasses.replace(recipe.finetune, from_scratch=True), cut.digest, bar)
+        _finetune(out / "pruned", scratch, _from_scratch(recipe), cut.digest, bar)
         candidates.append(str(scratch))
     _export(recipe, finetuned, out / "exported", tuned.digest, bar)
     measured = dataclasses.replace(recipe.bench, baseline=recipe.model, candidates=tuple(candidates))
@@ -47,10 +50,95 @@ def check(recipe: ChainRecipe) -> None:
     from dpctl import bench, finetune, prune
     from export.to_onnx import check as check_export
 
+    if recipe.rounds < 1:
+        raise DpctlError("the rounds are below 1", str(recipe.rounds), "give 1 for one cut, or more")
     prune.check(recipe.prune)
     finetune.check(recipe.finetune)
+    finetune.check(recipe.between)
+    for each in rounds(recipe):
+        prune.check(each.prune)
+        finetune.check(each.finetune)
+    if recipe.rounds > 1 and recipe.between.data != recipe.finetune.data:
+        got = f"between: data {recipe.between.data!r}, finetune: data {recipe.finetune.data!r}"
+        raise DpctlError("the rounds would train on other data than the last finetune", got, "give both the same data")
     check_export(recipe.export)
     bench.check(recipe.bench)
+
+
+def preview(recipe: ChainRecipe) -> dict[str, Any]:
+    """Return the recipe as plain values and, where it has several rounds, the recipes of each; raises as `check`."""
+    check(recipe)
+    if recipe.rounds == 1:
+        return to_dict(recipe)
+    return to_dict(recipe) | {"schedule": [to_dict(each) for each in rounds(recipe)]}
+
+
+def rounds(recipe: ChainRecipe) -> list[Round]:
+    """Return the recipes of every round; the last is by the chain's own target and finetune.
+
+    Every round takes the same part of what is there, so that what is left falls geometrically to the target.
+    """
+    if recipe.rounds == 1:
+        return [Round(recipe.prune, recipe.finetune)]
+    # Of what an earlier round left, a floor and a ratio rounded to whole steps would compound.
+    last = dataclasses.replace(recipe.prune, fractions_of="unpruned")
+    between = recipe.between
+    earlier = [
+        # A seed of its own: no round trains on the noise of another.
+        Round(_on_the_way(last, number / recipe.rounds), dataclasses.replace(between, seed=between.seed + number))
+        for number in range(1, recipe.rounds)
+    ]
+    return [*earlier, Round(last, recipe.finetune)]
+
+
+def _on_the_way(recipe: PruneRecipe, part: float) -> PruneRecipe:
+    """Return the recipe with the target that is met after this part of the way."""
+    if recipe.ratio is not None:
+        return dataclasses.replace(recipe, ratio=1.0 - (1.0 - recipe.ratio) ** part)
+    name, left = _target(recipe)
+    return dataclasses.replace(recipe, **{name: left**part})
+
+
+def _target(recipe: PruneRecipe) -> tuple[str, float]:
+    return next((name, value) for name in TARGETS if (value := getattr(recipe, name)) is not None)
+
+
+def _from_scratch(recipe: ChainRecipe) -> FinetuneRecipe:
+    steps = recipe.finetune.steps + (recipe.rounds - 1) * recipe.between.steps
+    return dataclasses.replace(recipe.finetune, from_scratch=True, steps=steps)
+
+
+def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Manifest:
+    """Write out/pruned and, of every round before the last, out/rounds/N/pruned and finetuned; return the first's.
+
+    A round that would remove nothing is left out. Widths are a staircase: where a round lands on the last target
+    already, the last cut is made in its place, from what the round before it left.
+    """
+    from dpctl import prune as pruning
+
+    *earlier, last = rounds(recipe)
+    model, digest = recipe.model, source_digest(recipe.model)
+    if earlier:
+        pruning.would_cut(model, last.prune)  # raises where the target is out of reach, before any round
+    for number, each in enumerate(earlier, 1):
+        told, folder = f"round {number} of {recipe.rounds}", out / "rounds" / str(number)
+        if not pruning.would_cut(model, each.prune):
+            _say(f"{told}: nothing to cut, left out")
+            continue
+        _say("{}: {} {:.4g}".format(told, *_target(each.prune)))
+        cut = _prune(model, folder / "pruned", each.prune, digest, bar)
+        if not pruning.would_cut(str(folder / "pruned"), last.prune):
+            _say(f"{told}: it meets the last target already, the last cut takes its place")
+            break
+        tuned = _finetune(folder / "pruned", folder / "finetuned", each.finetune, cut.digest, bar)
+        model, digest = str(folder / "finetuned"), tuned.digest
+    return _prune(model, out / "pruned", last.prune, digest, bar)
+
+
+def _prune(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+    from dpctl import prune as pruning
+
+    return _stage(out, to_dict(recipe), digest, lambda: pruning.prune(model, out, recipe, force=True, bar=bar))
 
 
 def source_digest(model: str) -> str:
@@ -60,19 +148,21 @@ def source_digest(model: str) -> str:
     return manifest.digest if manifest is not None else artifact.digest(artifact.hash_files(directory))
 
 
-def _finetune(
-    finetuning: Any, pruned: Path, out: Path, recipe: FinetuneRecipe, digest: str, bar: progress.Bar
-) -> Manifest:
+def _finetune(pruned: Path, out: Path, recipe: FinetuneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+    from dpctl import finetune as finetuning
+
     def work() -> Manifest:
-        resume = _can_go_on(finetuning, out, recipe, digest)
+        resume = _can_go_on(out, recipe, digest)
         return finetuning.finetune(str(pruned), out, recipe, resume=resume, force=True, bar=bar)
 
     return _stage(out, to_dict(recipe), digest, work)
 
 
-def _can_go_on(finetuning: Any, out: Path, recipe: FinetuneRecipe, parent: str) -> bool:
+def _can_go_on(out: Path, recipe: FinetuneRecipe, parent: str) -> bool:
     """Tell whether the checkpoints beside `out` are of this recipe and model, so that the run goes on from them."""
-    found = finetuning.checkpoint.newest(finetuning.checkpoint.folder_for(out))
+    from dpctl.finetune import checkpoint
+
+    found = checkpoint.newest(checkpoint.folder_for(out))
     return found is not None and (found.recipe, found.parent) == (to_dict(recipe), parent)
 
 

@@ -277,8 +277,7 @@ def run(
     from dpctl import chain
 
     if dry_run:
-        chain.check(chosen)
-        _print_json(to_dict(chosen))
+        _print_json(chain.preview(chosen))
         return
     result = chain.run(chosen, out, bar=progress.bar)
     _print(chain.bench_report(result, out / "bench"), json_)

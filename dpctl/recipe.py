@@ -17,6 +17,7 @@ TARGETS = ("ratio", "target_macs", "target_params")
 SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
 REDUCTIONS = ("sum-abs", "abs-sum")
+FRACTIONS_OF = ("model", "unpruned")
 WEIGHTINGS = ("auto", "threshold", "uniform", "early")
 
 
@@ -68,6 +69,8 @@ class PruneRecipe:
     * `layout`: free lets every width differ; stock gives one width per level, and a plain diffusers class.
     * `scope`: local (one ratio for every group), global (one ranking over the network, of which each group keeps the
       fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
+    * `fractions_of`: what `ratio`, `floor` and one ratio for every group are of: the model that is cut, or the unpruned
+      one that it descends from. The two targets are of the unpruned one always.
     * `keep` and `only`: globs over module names.
     * `heads` and `norm_groups`: whole attention heads and whole GroupNorm groups go, instead of a part of each.
     """
@@ -86,6 +89,7 @@ class PruneRecipe:
     layout: str = "free"
     scope: str = "auto"
     floor: float = 0.0
+    fractions_of: str = "model"
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     heads: bool = False
@@ -121,14 +125,19 @@ class BenchRecipe:
 class ChainRecipe:
     """`dpctl run`: the whole chain of one model.
 
-    `scratch` adds the same slim architecture, trained from random weights by the same recipe, to the comparison. The
-    defaults are the demo's: about five minutes on two cores.
+    With `rounds` above 1 the cut is made in so many rounds, each but the last followed by a distillation by `between`.
+    `scratch` adds the same slim architecture, trained from random weights by the same recipe for as many steps in all,
+    to the comparison. The defaults are the demo's: about five minutes on two cores.
     """
 
     model: str = "reference"
     scratch: bool = False
+    rounds: int = 1
     prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(target_macs=0.5, align=16))
     finetune: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe(steps=100, learning_rate=6e-4))
+    between: FinetuneRecipe = field(
+        default_factory=lambda: FinetuneRecipe(steps=50, learning_rate=6e-4, warmup_steps=5)
+    )
     export: ExportRecipe = field(default_factory=ExportRecipe)
     bench: BenchRecipe = field(default_factory=lambda: BenchRecipe(rounds=10, samples=256))
 

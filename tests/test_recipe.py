@@ -220,10 +220,16 @@ def chain_recipe(tmp_path: Path, text: str) -> ChainRecipe:
     return read_recipe(tmp_path / "r.toml", ChainRecipe)
 
 
-@pytest.mark.parametrize("table", ["prune", "finetune", "export", "bench"])
+@pytest.mark.parametrize("table", ["prune", "finetune", "between", "export", "bench"])
 def test_a_table_with_one_entry_keeps_the_other_defaults_of_the_chain(tmp_path: Path, table: str) -> None:
     default = getattr(ChainRecipe(), table)
-    entry = {"prune": "align = 24", "finetune": "seed = 7", "export": "batch = [1, 2, 3]", "bench": "seed = 7"}[table]
+    entry = {
+        "prune": "align = 24",
+        "finetune": "seed = 7",
+        "between": "seed = 7",
+        "export": "batch = [1, 2, 3]",
+        "bench": "seed = 7",
+    }[table]
     found = getattr(chain_recipe(tmp_path, f"[{table}]\n{entry}\n"), table)
     name = entry.split(" ")[0]
     assert getattr(found, name) != getattr(default, name)

@@ -7,11 +7,12 @@ from typing import Any
 from dpctl import artifact, cost, progress, registry
 from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
-from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
+from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.check import CRITERIA, check
-from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
+from dpctl.prune.plan import Network, PruningPlan, select, uniform, widths_for_target
+from dpctl.prune.unpruned import earlier_cuts, refer, unpruned_costs, unpruned_widths
 from dpctl.recipe import PruneRecipe, to_dict
-from dpctl.signature import PRUNED, sample_size
+from dpctl.signature import sample_size
 
 KEPT = "kept.safetensors"
 
@@ -66,19 +67,11 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
 
 def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
     """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
-    from dpctl.prune.groups import find_groups, restrict
     from dpctl.prune.importance import Scoring
-    from dpctl.prune.layout import find_levels
-    from dpctl.prune.network import describe
     from dpctl.prune.surgery import kept_indices, regrouped, slim
 
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
-    # The stock class has no other head width.
-    whole_heads = recipe.heads or recipe.layout == "stock"
-    found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups)
-    groups = restrict(found, recipe.keep, recipe.only)
-    levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
-    network = describe(source.unet, groups)
+    groups, network, levels = _traced(source, recipe)
     images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
     with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
         scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
@@ -94,11 +87,45 @@ def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progre
     return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe) | named)
 
 
+def would_cut(model: str, recipe: PruneRecipe) -> bool:
+    """Tell whether `prune` would remove anything, in seconds: every channel counts alike, nothing is scored.
+
+    Raises what `prune` raises for a recipe and a target that no scores could meet.
+    """
+    from dpctl.prune.layout import tied
+
+    check(recipe)
+    source = load_model(model)
+    comparable = registry.load(CRITERIA, recipe.criterion, "criterion").COMPARABLE
+    _, network, levels = _traced(source, recipe)
+    alike = {span.name: [1.0] * span.width for span in network.spans}
+    priced = network if levels is None else tied(network, alike, levels)[0]
+    goal = _goal(priced, recipe, unpruned_costs(source))
+    if goal is not None and priced.cost(goal[0], priced.full()) <= goal[1]:
+        return False
+    return _plan(source, network, alike, recipe, comparable, levels)[0].widths() != network.full()
+
+
+def _traced(source: Model, recipe: PruneRecipe) -> tuple[Any, Any, Any]:
+    """Return the groups that may be cut, what planning knows of them and, in the layout `stock`, the levels."""
+    from dpctl.prune.groups import find_groups, restrict
+    from dpctl.prune.layout import find_levels
+    from dpctl.prune.network import describe
+
+    # The stock class has no other head width.
+    whole_heads = recipe.heads or recipe.layout == "stock"
+    found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups)
+    groups = restrict(found, recipe.keep, recipe.only)
+    levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
+    network = describe(source.unet, groups)
+    return groups, refer(network, source) if recipe.fractions_of == "unpruned" else network, levels
+
+
 def _plan(
     source: Model, network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, comparable: bool, levels: Any
 ) -> tuple[PruningPlan, dict[str, Any] | None]:
     """Return the plan and, in the layout `stock`, the config of the result."""
-    unpruned = _unpruned(source)
+    unpruned = unpruned_costs(source)
     if levels is None:
         return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
     from dpctl.prune.layout import search, tied
@@ -119,38 +146,28 @@ def _widths(
     unpruned: dict[str, int],
     comparable: bool,
 ) -> dict[str, int]:
-    if recipe.ratio is not None and recipe.scope != "global":
-        return uniform(network, recipe.ratio, recipe.align)
-    if recipe.ratio is not None:
-        measure, budget = "channels", (1.0 - recipe.ratio) * network.cost("channels", network.full())
-    else:
-        measure = "macs" if recipe.target_macs is not None else "params"
-        budget = _budget(recipe, unpruned, measure)
+    goal = _goal(network, recipe, unpruned)
+    if goal is None:
+        return uniform(network, recipe.ratio or 0.0, recipe.align)
     automatic = "global" if comparable else "local"
     scope = automatic if recipe.scope == "auto" else recipe.scope
     return widths_for_target(
-        network, scores, measure, budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
+        network, scores, *goal, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
     )
+
+
+def _goal(network: Network, recipe: PruneRecipe, unpruned: dict[str, int]) -> tuple[str, float] | None:
+    """Return what is to be met, as a measure and its budget; None where every group loses the same ratio."""
+    if recipe.ratio is not None:
+        whole = sum(span.whole for span in network.spans)
+        return ("channels", (1.0 - recipe.ratio) * whole) if recipe.scope == "global" else None
+    measure = "macs" if recipe.target_macs is not None else "params"
+    return measure, _budget(recipe, unpruned, measure)
 
 
 def _budget(recipe: PruneRecipe, unpruned: dict[str, int], measure: str) -> float:
     """Return what a MACs or parameter target allows; nothing where the target is a ratio."""
     return float(getattr(recipe, f"target_{measure}") or 0.0) * unpruned[measure]
-
-
-def _unpruned(source: Model) -> dict[str, int]:
-    """Return the costs that target fractions refer to: of the model as it was before any pruning."""
-    recorded = source.manifest.stats.get("unpruned") if source.manifest is not None else None
-    if recorded:
-        return recorded
-    base = getattr(source.unet.config, "base_config", None)
-    if not base:
-        return cost.stats(source.unet)
-    # A pruned model without our manifest (its unet/ alone, or saved by stock diffusers): count, compute nothing.
-    import torch
-
-    with torch.device("meta"):
-        return cost.stats(build_unet({**base, "_class_name": type(source.unet).__name__.removeprefix(PRUNED)}).eval())
 
 
 def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
@@ -173,13 +190,12 @@ def _stats(source: Model, small: Any, network: Any, plan: PruningPlan, recipe: P
     measured = (after["params"], after["macs"])
     if measured != (network.cost("params", plan.widths()), network.cost("macs", plan.widths())):
         raise RuntimeError("the plan's price is not the slim network's: the cost model and the surgery disagree")
-    unpruned = _unpruned(source)
-    full = network.full()
+    unpruned, before = unpruned_costs(source), unpruned_widths(source, network)
     return after | {
         "unpruned": unpruned,
         "requested": {k: v for k in ("ratio", "target_macs", "target_params") if (v := getattr(recipe, k)) is not None},
         "achieved": {measure: after[measure] / unpruned[measure] for measure in ("macs", "params")},
-        "widths": {name: [full[name], kept] for name, kept in plan.widths().items()},
+        "widths": earlier_cuts(source) | {name: [before[name], kept] for name, kept in plan.widths().items()},
     }
 
 

@@ -2,7 +2,7 @@
 
 from dpctl import registry
 from dpctl.errors import DpctlError
-from dpctl.recipe import LAYOUTS, REDUCTIONS, SCOPES, WEIGHTINGS, PruneRecipe
+from dpctl.recipe import FRACTIONS_OF, LAYOUTS, REDUCTIONS, SCOPES, WEIGHTINGS, PruneRecipe
 
 CRITERIA = "dpctl.prune.criteria"
 
@@ -16,6 +16,7 @@ def check(recipe: PruneRecipe) -> None:
         ("reduction", REDUCTIONS),
         ("layout", LAYOUTS),
         ("scope", SCOPES),
+        ("fractions_of", FRACTIONS_OF),
     ):
         if getattr(recipe, entry) not in known:
             raise DpctlError(f"unknown {entry}", repr(getattr(recipe, entry)), f"choose one of: {', '.join(known)}")

@@ -127,7 +127,8 @@ def tied(network: Network, scores: Mapping[str, Sequence[float]], levels: Levels
         members = {name: tie for name, tie in levels.ties.items() if tie.level == level}
         # A level's width must suit the parts of each of its groups and hold whole heads.
         unit = math.lcm(*(_unit(by_name[name], tie) for name, tie in members.items()))
-        spans.append(Span(level, width, 1, unit))
+        whole = max(by_name[name].whole // tie.times for name, tie in members.items())
+        spans.append(Span(level, width, 1, unit, base=whole))
         ranked = {name: _ranked(scores[name], by_name[name].block) for name in members}
         values[level] = [
             math.fsum(sum(ranked[name][r * tie.times : (r + 1) * tie.times]) for name, tie in members.items())

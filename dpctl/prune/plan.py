@@ -20,7 +20,8 @@ class Span:
     """The channels of one group as planning sees them: `width` channels in `segments` equal contiguous parts.
 
     `block` contiguous channels (a head, a norm group) stay or go together; where that is more than one, there is one
-    segment. A width is a multiple of `unit` besides.
+    segment. A width is a multiple of `unit` besides. Fractions are of the width `base` where that is given: the
+    unpruned one.
     """
 
     name: str
@@ -28,6 +29,12 @@ class Span:
     segments: int
     unit: int = 1
     block: int = 1
+    base: int | None = None
+
+    @property
+    def whole(self) -> int:
+        """The width that fractions refer to."""
+        return self.width if self.base is None else self.base
 
     def step(self, align: int) -> int:
         """Return the granularity of this group's width; its full width is allowed whether or not a multiple."""
@@ -121,7 +128,7 @@ class PruningPlan:
 
 def width_at(span: Span, ratio: float, align: int) -> int:
     """Return the width that a ratio leaves: floor(ratio * part) channels go from each part, then up to the step."""
-    part = span.width // span.segments
+    part = span.whole // span.segments
     # 1e-9: 0.3 * 10 must count as 3, whatever its last bit says.
     left = span.segments * (part - math.floor(ratio * part + 1e-9))
     step = span.step(align)
@@ -182,7 +189,7 @@ def _check_reach(network: Network, measure: str, budget: float, align: int, leas
 
 
 def _smallest_uniform(network: Network, measure: str, budget: float, align: int) -> dict[str, int]:
-    ratios = sorted({k / n for n in {span.width // span.segments for span in network.spans} for k in range(n + 1)})
+    ratios = sorted({k / n for n in {span.whole // span.segments for span in network.spans} for k in range(n + 1)})
     plans = (uniform(network, ratio, align) for ratio in ratios)
     return next(widths for widths in plans if network.cost(measure, widths) <= budget)
 
