@@ -66,12 +66,14 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
 
 def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
     """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
+    from dpctl.prune.attached import require_plain
     from dpctl.prune.groups import find_groups, restrict
     from dpctl.prune.importance import Scoring
     from dpctl.prune.layout import find_levels
     from dpctl.prune.network import describe
     from dpctl.prune.surgery import kept_indices, slim
 
+    require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
     groups = restrict(find_groups(source.unet), recipe.keep, recipe.only)
     levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None

@@ -60,7 +60,7 @@ def find_groups(unet: Any) -> Groups:
     import torch_pruning
 
     order = {module: name for name, module in unet.named_modules()}
-    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling():
+    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling(), _differentiable(unet):
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph()
         inputs = unet_arguments(example_inputs(unet))
@@ -108,6 +108,19 @@ def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups
     if not prunable:
         raise DpctlError("no group is left to prune", f"keep {list(keep)}, only {list(only)}", "name fewer, or others")
     return Groups(prunable, left_alone)
+
+
+@contextmanager
+def _differentiable(unet: nn.Module) -> Iterator[None]:
+    """Let gradients reach every parameter for as long as DepGraph traces: of frozen layers it sees nothing."""
+    frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
