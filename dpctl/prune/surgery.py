@@ -52,7 +52,7 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None) -> Any:
             state[whole] = state[whole].index_select(dimension, index.to(state[whole].device))
     for name, module in unet.named_modules():
         if name.endswith(".to_q"):
-            factor = (_head_width(small, name) / _head_width(unet, name)) ** 0.5
+            factor = (head_width(small, name) / head_width(unet, name)) ** 0.5
             for parameter, _ in module.named_parameters() if factor != 1.0 else ():
                 state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
     small.load_state_dict(state)
@@ -61,7 +61,8 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None) -> Any:
     return small
 
 
-def _head_width(unet: Any, to_q: str) -> float:
+def head_width(unet: Any, to_q: str) -> float:
+    """Return the width of one head of the attention that a to_q belongs to."""
     return unet.get_submodule(to_q).out_features / unet.get_submodule(to_q.rpartition(".")[0]).heads
 
 
