@@ -9,7 +9,7 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
 from dpctl.prune.check import CRITERIA, check
-from dpctl.prune.plan import PruningPlan, select, uniform, widths_for_target
+from dpctl.prune.plan import PruningPlan, check_finite, select, uniform, widths_for_target
 from dpctl.recipe import PruneRecipe, to_dict
 from dpctl.signature import PRUNED, sample_size
 
@@ -93,16 +93,26 @@ def _plan(
 ) -> tuple[PruningPlan, dict[str, Any] | None]:
     """Return the plan and, in the layout `stock`, the config of the result."""
     unpruned = _unpruned(source)
+    check_finite(network, scores)
     if levels is None:
         return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
     from dpctl.prune.layout import choose, search, tied
 
     small, shared = tied(network, scores, levels)
-    # The target's own plan says what may be spent; which widths the class can have is another matter.
-    planned = _widths(small, shared, recipe, unpruned, comparable)
+    # A ratio allows what its own plan costs; which widths the class can have is another matter.
     measure = "params" if recipe.target_params is not None else "macs"
-    budget = max(small.cost(measure, planned), _budget(recipe, unpruned, measure))
-    chosen = search(small, shared, measure, budget, recipe.align, lambda found: levels.expresses(source.unet, found))
+    budget = _budget(recipe, unpruned, measure) or small.cost(
+        measure, _widths(small, shared, recipe, unpruned, comparable)
+    )
+    chosen = search(
+        small,
+        shared,
+        measure,
+        budget,
+        recipe.align,
+        lambda found: levels.expresses(source.unet, found),
+        unpruned=unpruned[measure],
+    )
     return choose(network, scores, levels, chosen), levels.stock_config(chosen)
 
 
@@ -116,14 +126,23 @@ def _widths(
     if recipe.ratio is not None and recipe.scope != "global":
         return uniform(network, recipe.ratio, recipe.align)
     if recipe.ratio is not None:
-        measure, budget = "channels", (1.0 - recipe.ratio) * network.cost("channels", network.full())
+        measure, unpruned = "channels", {"channels": network.cost("channels", network.full())}
+        budget = (1.0 - recipe.ratio) * unpruned["channels"]
     else:
         measure = "macs" if recipe.target_macs is not None else "params"
         budget = _budget(recipe, unpruned, measure)
     automatic = "global" if comparable else "local"
     scope = automatic if recipe.scope == "auto" else recipe.scope
     return widths_for_target(
-        network, scores, measure, budget, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
+        network,
+        scores,
+        measure,
+        budget,
+        recipe.align,
+        scope=scope,
+        comparable=comparable,
+        floor=recipe.floor,
+        unpruned=unpruned[measure],
     )
 
 

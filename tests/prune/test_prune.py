@@ -247,19 +247,6 @@ def test_an_unusable_recipe_is_explained(
     assert files_below(tmp_path) == set()
 
 
-@pytest.mark.parametrize("measure", ["macs", "params"])
-def test_an_unreachable_target_names_the_floor(toy_pipeline: Path, tmp_path: Path, measure: str) -> None:
-    recipe = PruneRecipe(criterion="magnitude", **{f"target_{measure}": 0.001})
-    with pytest.raises(
-        DpctlError, match=rf"cannot be reached\n.*{measure}.* floor with align 8 is \d+ \(0\.\d+\)"
-    ) as e:
-        prune(str(toy_pipeline), tmp_path / "out", recipe)
-    assert files_below(tmp_path) == set()
-    # What it names can be had.
-    floor = float(e.value.got.rpartition("(")[2].rstrip(")"))
-    assert prune(str(toy_pipeline), tmp_path / "out", replace(recipe, **{f"target_{measure}": floor + 0.001}))
-
-
 def broken(toy: Path, how: str) -> Path:
     """Damage a copy of the toy; more ways are in tests/test_models.py."""
     weights = toy / "unet" / "diffusion_pytorch_model.safetensors"
