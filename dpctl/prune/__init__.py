@@ -167,11 +167,12 @@ def _unpruned(source: Model) -> dict[str, int]:
 
 
 def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
-    from dpctl.data import open_data
+    from dpctl.data import open_data, require_pixels
     from dpctl.diffusion import require_image_to_image
 
     try:
         require_image_to_image(unet.config)
+        require_pixels(unet.config.in_channels)
     except DpctlError as problem:
         raise DpctlError(
             f"the criterion {recipe.criterion} cannot score this model",

@@ -93,7 +93,9 @@ def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups
     for pattern in (*keep, *only):
         if not any(fnmatchcase(module, pattern) for modules in produced.values() for module in modules):
             near = ", ".join(sorted({name.partition(".")[0] for name in produced}))
-            raise DpctlError("a pattern names no module that can be pruned", repr(pattern), f"there are: {near}")
+            raise DpctlError(
+                "a pattern names no module that can be pruned", repr(pattern), f"give globs over the modules of {near}"
+            )
 
     def named(group: ChannelGroup, patterns: Sequence[str]) -> str | None:
         return next((p for p in patterns for module in produced[group.name] if fnmatchcase(module, p)), None)

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from dpctl import registry
+from dpctl.data import open_data
 from dpctl.errors import DpctlError
-from dpctl.prune import prune, prune_unet
+from dpctl.prune import CRITERIA, check, preview, prune, prune_unet
+from dpctl.prune.groups import find_groups
+from dpctl.prune.importance import Scoring
 from dpctl.recipe import PruneRecipe
 
 SMALL = PruneRecipe(criterion="magnitude")
@@ -84,3 +88,63 @@ def test_scores_that_are_not_finite_are_refused(toy_model: Any, layout: str) -> 
         toy_model.unet.conv_out.weight.fill_(3e38)  # finite, and its square is not
     with pytest.raises(DpctlError, match=r"importance of a group is not finite\n.*group \w"):
         prune_unet(toy_model, replace(SMALL, ratio=0.5, layout=layout))
+
+
+# --- options that nobody would read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ratio": 0.5, "floor": 0.2}, r"--floor belongs.*\n.*scope local\n"),
+        ({"target_macs": 0.5, "floor": 0.2}, r"--floor belongs.*\n.*scope local\n"),  # of itself, under magnitude
+        ({"target_macs": 0.5, "floor": 0.2, "scope": "local"}, "--floor belongs"),
+        ({"ratio": 0.5, "criterion": "taylor", "floor": 0.2}, "--floor belongs"),
+        ({"ratio": 0.5, "layout": "stock", "floor": 0.2, "scope": "global"}, "--layout stock has one width per level"),
+        ({"target_macs": 0.5, "layout": "stock", "scope": "global"}, "--layout stock has one width per level"),
+        ({"ratio": 0.5, "weighting": "early"}, r"--weighting would not be read\n.*early, criterion magnitude"),
+        ({"ratio": 0.5, "criterion": "random", "reduction": "abs-sum"}, "--reduction would not be read"),
+        ({"ratio": 0.5, "criterion": "fisher", "reduction": "abs-sum"}, "--reduction would not be read"),
+        ({"ratio": 0.5, "criterion": "taylor", "threshold": 0.5}, "--threshold would not be read"),
+        (
+            {"ratio": 0.5, "criterion": "diff-pruning", "weighting": "uniform", "threshold": 0.5},
+            "--threshold would not",
+        ),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(
+    toy_pipeline: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    recipe = replace(SMALL, **changed)
+    with pytest.raises(DpctlError, match=message):
+        preview(str(toy_pipeline), recipe)
+    with pytest.raises(DpctlError, match=message):
+        prune(str(toy_pipeline), tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"target_macs": 0.5, "criterion": "taylor", "floor": 0.2},  # scope global of itself
+        {"ratio": 0.5, "criterion": "magnitude", "floor": 0.2, "scope": "global"},
+        {"ratio": 0.5, "criterion": "diff-pruning", "threshold": 0.5, "reduction": "abs-sum"},
+        {"ratio": 0.5, "criterion": "fisher", "weighting": "threshold", "threshold": 0.5},
+    ],
+)
+def test_an_option_that_is_read_is_none_of_these(changed: dict[str, Any]) -> None:
+    check(replace(SMALL, **changed))
+
+
+@pytest.mark.parametrize("entry", ["weighting", "threshold", "reduction"])
+@pytest.mark.parametrize("name", registry.names(CRITERIA))
+def test_a_criterion_reads_what_it_says_it_reads(toy_model: Any, toy_images: Path, name: str, entry: str) -> None:
+    # The losses of an untrained network hardly fall with t: a threshold of 0.97 leaves some timesteps out.
+    other = {"weighting": "early", "threshold": 0.97, "reduction": "abs-sum"}[entry]
+    criterion = registry.load(CRITERIA, name, "criterion")
+    images = open_data(str(toy_images), channels=1, size=(8, 8))
+    recipes = (recipe := PruneRecipe(name, ratio=0.5, images=4, timesteps=4), replace(recipe, **{entry: other}))
+    groups = find_groups(toy_model.unet).prunable
+    one, another = (criterion.score(Scoring(toy_model.unet, groups, toy_model.scheduler, images, r)) for r in recipes)
+    changed = any(not torch.equal(one[group.name], another[group.name]) for group in groups)
+    assert changed == (entry in criterion.READS)
