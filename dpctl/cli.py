@@ -45,14 +45,14 @@ def prune(
     threshold: options.Threshold = PRUNE.threshold,
     reduction: options.Reduction = PRUNE.reduction,
     data: options.Data = PRUNE.data,
-    images: Annotated[int, typer.Option(help="Images that the gradients are taken on.")] = PRUNE.images,
+    images: Annotated[int, typer.Option(help="Images that the gradients are taken on, at most.")] = PRUNE.images,
     timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
     align: Annotated[int, typer.Option(help="Every width is a multiple of this and of the norm groups.")] = PRUNE.align,
     layout: options.Layout = PRUNE.layout,
     scope: options.Scope = PRUNE.scope,
     floor: options.Floor = PRUNE.floor,
-    keep: options.Keep = "",
-    only: options.Only = "",
+    keep: options.Keep = None,
+    only: options.Only = None,
     heads: options.Heads = PRUNE.heads,
     norm_groups: options.NormGroups = PRUNE.norm_groups,
     seed: options.Seed = PRUNE.seed,
@@ -76,8 +76,8 @@ def prune(
         layout=layout,
         scope=scope,
         floor=floor,
-        keep=_names(keep),
-        only=_names(only),
+        keep=_patterns(keep),
+        only=_patterns(only),
         heads=heads,
         norm_groups=norm_groups,
         seed=seed,
@@ -346,6 +346,11 @@ def _console() -> Any:
 def _names(text: str) -> tuple[str, ...]:
     """Parse ``eager,ort``."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _patterns(text: str | None) -> tuple[str, ...]:
+    """Parse ``mid_block.*,conv_in``; an empty one is kept, so that it is refused and does not count as not given."""
+    return () if text is None else tuple(pattern.strip() for pattern in text.split(","))
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:

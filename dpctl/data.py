@@ -71,12 +71,7 @@ def open_data(source: str, *, channels: int, size: tuple[int, int]) -> Images:
 
     Raises a DpctlError where there are no images, one is broken, or they do not fit [C, H, W].
     """
-    if channels not in (1, 3):
-        raise DpctlError(
-            "images cannot feed this model",
-            f"{channels} input channels",
-            "bring a model of 1 or 3 channels (pixel space)",
-        )
+    require_pixels(channels)
     if source == "reference":
         return _from_npz(REFERENCE_IMAGES, "reference", channels, size)
     path = Path(source)
@@ -87,6 +82,16 @@ def open_data(source: str, *, channels: int, size: tuple[int, int]) -> Images:
     raise DpctlError(
         "no such data", source, "give a folder of images, an .npz file with the array 'images', or the word reference"
     )
+
+
+def require_pixels(channels: int) -> None:
+    """Raise a DpctlError unless images have as many channels."""
+    if channels not in (1, 3):
+        raise DpctlError(
+            "images cannot feed this model",
+            f"{channels} input channels",
+            "bring a model of 1 or 3 channels (pixel space)",
+        )
 
 
 def _from_folder(folder: Path, channels: int, size: tuple[int, int]) -> FolderImages:
@@ -118,7 +123,7 @@ def _from_npz(path: Path, name: str, channels: int, size: tuple[int, int]) -> Ar
         raise DpctlError(
             "the data does not fit the model",
             f"images of {height}x{width} with {depth} channel(s); the model takes {size[0]}x{size[1]} with {channels}",
-            "convert the images, or give a folder of image files (those are resized)",
+            "convert the images to [N, H, W, C], or give a folder of image files (those are resized)",
         )
     return ArrayImages(name, np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 

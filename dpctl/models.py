@@ -39,13 +39,18 @@ def resolve(name: str | Path) -> Path:
     if name == "reference":
         return REFERENCE
     path = Path(name)
-    if path.is_dir():
+    # An empty name is a variable that was not set, not the folder one is in.
+    if str(name) and path.is_dir():
         return path
-    if path.exists():
+    if str(name) and path.exists():
         raise DpctlError("not a model directory", f"the file {path}", "give the directory that holds unet/config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return _from_hub(str(name))
-    raise DpctlError("no such model", str(name), "give a model directory, a Hub id (owner/name) or the word reference")
+    raise DpctlError(
+        "no such model",
+        str(name) or "an empty name",
+        "give a model directory, a Hub id (owner/name) or the word reference",
+    )
 
 
 def load_model(name: str | Path, *, verify: bool = True) -> Model:
@@ -159,12 +164,17 @@ def _load_unet(directory: Path) -> Any:
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise _damaged(directory, f"{len(wrong)} tensors missing, unknown or of another shape, first: {wrong[0]}")
+    refuse_non_finite(unet, str(directory))
+    return unet.eval()
+
+
+def refuse_non_finite(unet: Any, where: str) -> None:
+    """Raise a DpctlError that names the first tensor of a network with NaN or Inf in it."""
     bad = next((name for name, values in unet.state_dict().items() if not bool(values.isfinite().all())), None)
     if bad is not None:
         raise DpctlError(
-            "the weights hold NaN or Inf", f"{bad} in {directory}", "use an earlier checkpoint, or train it again"
+            "the weights hold NaN or Inf", f"{bad} in {where}", "use an earlier checkpoint, or train it again"
         )
-    return unet.eval()
 
 
 def _damaged(directory: Path, problem: str) -> DpctlError:

@@ -34,8 +34,10 @@ Scope = Annotated[
     str, typer.Option("--scope", help="local (one ratio for every group), global (one ranking over all) or auto.")
 ]
 Floor = Annotated[float, typer.Option("--floor", help="Fraction of its channels that each group keeps, scope global.")]
-Keep = Annotated[str, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
-Only = Annotated[str, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")]
+Keep = Annotated[str | None, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
+Only = Annotated[
+    str | None, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")
+]
 Heads = Annotated[
     bool, typer.Option("--heads", help="Take whole attention heads, not a part of each; --layout stock always does.")
 ]

@@ -87,6 +87,64 @@ class PrunedUNet2DConditionModel(_Travelling, UNet2DConditionModel):
         super().__init__(**_arguments(base_config))
         narrow(self, channels)
 
+    # The explicit signature of stock's method.
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA as stock diffusers does.
+
+        Raises a ValueError, before anything is attached, for one whose matrices are of other widths than the layers:
+        stock's way fails half-way there and leaves its layers in the network.
+        """
+        lora = pretrained_model_name_or_path_or_dict
+        if not isinstance(lora, dict):
+            lora, kwargs = _fetched(lora, kwargs)
+        _require_fitting(self, lora, prefix)
+        super().load_lora_adapter(lora, prefix=prefix, hotswap=hotswap, **kwargs)
+
+
+def _fetched(source: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read a LoRA file or download it as stock does; return it with the options that are not about that."""
+    from diffusers.loaders.lora_base import _fetch_state_dict  # private: only who loads a file depends on it
+
+    names = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token")
+    where = {name: options.get(name) for name in (*names, "revision", "subfolder", "metadata")}
+    where["force_download"] = bool(where["force_download"])
+    agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+    lora, metadata = _fetch_state_dict(source, user_agent=agent, allow_pickle=False, **where)
+    return lora, {name: value for name, value in options.items() if name not in where} | {"metadata": metadata}
+
+
+def _require_fitting(unet: nn.Module, lora: dict[str, Any], prefix: str | None) -> None:
+    """Raise a ValueError unless the matrices of a LoRA fit the layers that they are for; other keys are stock's."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    start = f"{prefix}." if prefix else ""
+    own = {key.removeprefix(start): value for key, value in lora.items() if key.startswith(start)}
+    layers = dict(unet.named_modules())
+    wrong = []
+    for key, matrix in convert_unet_state_dict_to_peft(own).items():
+        name, _, which = key.removesuffix(".weight").rpartition(".")
+        layer = getattr(layers.get(name), "base_layer", layers.get(name))  # below an adapter that is there already
+        if which not in ("lora_A", "lora_B") or matrix.ndim < 2 or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        before, after = widths(layer)
+        fits = matrix.shape[1] == before if which == "lora_A" else matrix.shape[0] == after
+        if not fits:
+            wrong.append(f"{key} is {list(matrix.shape)}, the layer's weight {list(layer.weight.shape)}")
+    if wrong:
+        raise ValueError(
+            "the LoRA does not fit this pruned network: it was made for other widths, those of the base model\n"
+            f"  got: {wrong[0]}; {len(wrong)} matrices do not fit\n"
+            "  do:  slice it. kept.safetensors beside the network's weights holds the positions that each layer keeps: "
+            "lora_A (down) keeps <layer>.in of its input axis, lora_B (up) <layer>.out of its output axis; "
+            "slice_lora of dpctl.prune.adapters does that"
+        )
+
 
 def _arguments(base_config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in base_config.items() if not name.startswith("_")}

@@ -43,6 +43,13 @@ def same_weights(one: Any, other: Any) -> bool:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
+def test_an_empty_name_is_not_the_folder_one_is_in(toy_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(toy_pipeline)
+    assert load_model(".").source == str(toy_pipeline)
+    with pytest.raises(DpctlError, match="no such model\n.*an empty name"):
+        load_model("")
+
+
 def test_a_pipeline_is_loaded_as_stock_loads_it(toy_pipeline: Path) -> None:
     model, stock = load_model(toy_pipeline), diffusers.DDPMPipeline.from_pretrained(toy_pipeline)
     assert same_weights(model.unet, stock.unet)

@@ -9,7 +9,7 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.check import CRITERIA, check
-from dpctl.prune.plan import Network, PruningPlan, select, uniform, widths_for_target
+from dpctl.prune.plan import Network, PruningPlan, check_finite, select, uniform, widths_for_target
 from dpctl.prune.unpruned import earlier_cuts, refer, unpruned_costs, unpruned_widths
 from dpctl.recipe import PruneRecipe, to_dict
 from dpctl.signature import sample_size
@@ -67,9 +67,11 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
 
 def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
     """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
+    from dpctl.prune.attached import require_plain
     from dpctl.prune.importance import Scoring
     from dpctl.prune.surgery import kept_indices, regrouped, slim
 
+    require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
     groups, network, levels = _traced(source, recipe)
     images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
@@ -126,16 +128,26 @@ def _plan(
 ) -> tuple[PruningPlan, dict[str, Any] | None]:
     """Return the plan and, in the layout `stock`, the config of the result."""
     unpruned = unpruned_costs(source)
+    check_finite(network, scores)
     if levels is None:
         return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
     from dpctl.prune.layout import search, tied
 
     small, shared = tied(network, scores, levels)
-    # The target's own plan says what may be spent; which widths the class can have is another matter.
-    planned = _widths(small, shared, recipe, unpruned, comparable)
+    # A ratio allows what its own plan costs; which widths the class can have is another matter.
     measure = "params" if recipe.target_params is not None else "macs"
-    budget = max(small.cost(measure, planned), _budget(recipe, unpruned, measure))
-    chosen = search(small, shared, measure, budget, recipe.align, lambda found: levels.expresses(source.unet, found))
+    budget = _budget(recipe, unpruned, measure) or small.cost(
+        measure, _widths(small, shared, recipe, unpruned, comparable)
+    )
+    chosen = search(
+        small,
+        shared,
+        measure,
+        budget,
+        recipe.align,
+        lambda found: levels.expresses(source.unet, found),
+        unpruned=unpruned[measure],
+    )
     return select(network, scores, levels.group_widths(chosen)), levels.stock_config(chosen)
 
 
@@ -149,10 +161,20 @@ def _widths(
     goal = _goal(network, recipe, unpruned)
     if goal is None:
         return uniform(network, recipe.ratio or 0.0, recipe.align)
+    measure, budget = goal
+    whole = sum(span.whole for span in network.spans) if measure == "channels" else unpruned[measure]
     automatic = "global" if comparable else "local"
     scope = automatic if recipe.scope == "auto" else recipe.scope
     return widths_for_target(
-        network, scores, *goal, recipe.align, scope=scope, comparable=comparable, floor=recipe.floor
+        network,
+        scores,
+        measure,
+        budget,
+        recipe.align,
+        scope=scope,
+        comparable=comparable,
+        floor=recipe.floor,
+        unpruned=whole,
     )
 
 
@@ -171,11 +193,12 @@ def _budget(recipe: PruneRecipe, unpruned: dict[str, int], measure: str) -> floa
 
 
 def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
-    from dpctl.data import open_data
+    from dpctl.data import open_data, require_pixels
     from dpctl.diffusion import require_image_to_image
 
     try:
         require_image_to_image(unet.config)
+        require_pixels(unet.config.in_channels)
     except DpctlError as problem:
         raise DpctlError(
             f"the criterion {recipe.criterion} cannot score this model",

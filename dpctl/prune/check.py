@@ -1,5 +1,7 @@
 """What a prune recipe may say, checked before any model is loaded."""
 
+from typing import Any
+
 from dpctl import registry
 from dpctl.errors import DpctlError
 from dpctl.recipe import FRACTIONS_OF, LAYOUTS, REDUCTIONS, SCOPES, WEIGHTINGS, PruneRecipe
@@ -20,11 +22,21 @@ def check(recipe: PruneRecipe) -> None:
     ):
         if getattr(recipe, entry) not in known:
             raise DpctlError(f"unknown {entry}", repr(getattr(recipe, entry)), f"choose one of: {', '.join(known)}")
-    if recipe.layout == "stock" and (recipe.keep or recipe.only):
+    if any(not pattern.strip() for pattern in (*recipe.keep, *recipe.only)):
+        got = f"keep {list(recipe.keep)}, only {list(recipe.only)}"
+        raise DpctlError(
+            "an empty pattern names no module", got, "give globs over module names, or leave the option out"
+        )
+    _check_read(recipe, registry.load(CRITERIA, recipe.criterion, "criterion"))
+
+
+def _check_read(recipe: PruneRecipe, criterion: Any) -> None:
+    """Raise a DpctlError for a value that was given and that nothing would read."""
+    if recipe.layout == "stock" and (recipe.keep or recipe.only or recipe.floor or recipe.scope != "auto"):
         raise DpctlError(
             "--layout stock has one width per level",
-            f"keep {list(recipe.keep)}, only {list(recipe.only)}",
-            "leave --keep and --only out, or use --layout free",
+            f"keep {list(recipe.keep)}, only {list(recipe.only)}, floor {recipe.floor:g}, scope {recipe.scope}",
+            "leave --keep, --only, --floor and --scope out, or use --layout free",
         )
     if recipe.layout == "stock" and recipe.norm_groups:
         raise DpctlError(
@@ -32,7 +44,25 @@ def check(recipe: PruneRecipe) -> None:
             "--norm-groups, which takes groups out of single norms",
             "leave --norm-groups out, or use --layout free",
         )
-    registry.check(CRITERIA, recipe.criterion, "criterion")
+    by_itself = "global" if criterion.COMPARABLE and recipe.ratio is None else "local"
+    scope = by_itself if recipe.scope == "auto" else recipe.scope
+    if recipe.floor and scope != "global":
+        raise DpctlError(
+            "--floor belongs to --scope global",
+            f"floor {recipe.floor:g}, scope {scope}",
+            "add --scope global, or leave --floor out",
+        )
+    for entry in ("weighting", "threshold", "reduction"):
+        value = getattr(recipe, entry)
+        read = entry in criterion.READS
+        if entry == "threshold" and recipe.weighting != "auto":
+            read = recipe.weighting == "threshold"
+        if value != getattr(PruneRecipe(), entry) and not read:
+            raise DpctlError(
+                f"--{entry} would not be read",
+                f"{entry} {value}, criterion {recipe.criterion}, weighting {recipe.weighting}",
+                f"leave --{entry} out, or use a criterion or weighting that follows it",
+            )
 
 
 def _check_target(recipe: PruneRecipe) -> None:

@@ -4,7 +4,7 @@ The threshold follows the paper's definition: a timestep counts if L_t / L_max >
 `backward()`, so that the first timestep below the threshold still counts there; here it does not.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def active_timesteps(losses: dict[int, float], threshold: float) -> tuple[int, .
         raise DpctlError(
             "the denoising loss is not finite",
             f"timestep {bad[0]}",
-            "the weights or the data hold NaN or Inf: check the model",
+            "the weights hold NaN or Inf, or are too large: check the model",
         )
     largest = max(losses.values())
     return tuple(t for t, loss in losses.items() if loss > threshold * largest)
@@ -95,6 +95,7 @@ def accumulate(
     for t in grid:
         if t in active:
             _loss_at(unet, scheduler, clean, noise, t).backward()
+            require_finite({name: p.grad for name, p in unet.named_parameters() if p.grad is not None}, f"timestep {t}")
             if each is not None:
                 each()
                 unet.zero_grad(set_to_none=True)
@@ -102,6 +103,17 @@ def accumulate(
     gradients = {name: p.grad.detach().clone() for name, p in unet.named_parameters() if p.grad is not None}
     unet.zero_grad(set_to_none=True)
     return Gradients(gradients, losses, active)
+
+
+def require_finite(gradients: Mapping[str, Tensor], where: str) -> None:
+    """Raise a DpctlError that names the first gradient with NaN or Inf in it; `where` says which timestep or batch."""
+    bad = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), None)
+    if bad is not None:
+        raise DpctlError(
+            "a gradient is not finite",
+            f"d(loss)/d({bad}) at {where}",
+            "the weights are too large for a backward pass: check the model, or use --criterion magnitude or random",
+        )
 
 
 def _loss_at(unet: Any, scheduler: Any, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:

@@ -72,7 +72,7 @@ def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) ->
     import torch_pruning
 
     order = {module: name for name, module in unet.named_modules()}
-    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling():
+    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling(), _differentiable(unet):
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph()
         inputs = unet_arguments(example_inputs(unet))
@@ -110,7 +110,9 @@ def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups
     for pattern in (*keep, *only):
         if not any(fnmatchcase(module, pattern) for modules in produced.values() for module in modules):
             near = ", ".join(sorted({name.partition(".")[0] for name in produced}))
-            raise DpctlError("a pattern names no module that can be pruned", repr(pattern), f"there are: {near}")
+            raise DpctlError(
+                "a pattern names no module that can be pruned", repr(pattern), f"give globs over the modules of {near}"
+            )
 
     def named(group: ChannelGroup, patterns: Sequence[str]) -> str | None:
         return next((p for p in patterns for module in produced[group.name] if fnmatchcase(module, p)), None)
@@ -133,6 +135,19 @@ def _without(groups: Sequence[ChannelGroup], left_alone: dict[str, str], in_part
         left_alone,
         {name: reason for name, reason in in_parts.items() if name not in left_alone},
     )
+
+
+@contextmanager
+def _differentiable(unet: nn.Module) -> Iterator[None]:
+    """Let gradients reach every parameter for as long as DepGraph traces: of frozen layers it sees nothing."""
+    frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

@@ -150,6 +150,7 @@ def widths_for_target(
     scope: str = "global",
     comparable: bool = True,
     floor: float = 0.0,
+    unpruned: float | None = None,
 ) -> dict[str, int]:
     """Return widths whose cost (``"macs"``, ``"params"`` or ``"channels"``) is at most `budget`, and near it.
 
@@ -157,13 +158,14 @@ def widths_for_target(
     are in (Molchanov et al., ICLR 2017, charge a channel its cost likewise), but of each group the fraction `floor`
     stays. ``"local"``: every group starts from the smallest uniform ratio that meets the target. Either way single
     steps are given back while the target holds. `comparable` says that the scores of different groups are in one unit,
-    as a Taylor criterion's are; where they are not, each group's are divided by their sum.
+    as a Taylor criterion's are; where they are not, each group's are divided by their sum. `unpruned` is the cost that
+    the user's fractions are of, where it is not this network's own.
     Raises a DpctlError for a target that is met already or out of reach, and for NaN scores.
     """
-    _check_finite(network, scores)
+    check_finite(network, scores)
     least = {s.name: width_at(s, 1.0 - floor, align) if scope == "global" else s.step(align) for s in network.spans}
     least = {span.name: min(span.width, least[span.name]) for span in network.spans}
-    _check_reach(network, measure, budget, align, least)
+    _check_reach(network, measure, budget, align, least, unpruned)
     if not comparable or scope == "local":
         scores = {name: [value / (sum(values) or 1.0) for value in values] for name, values in scores.items()}
     if scope == "global":
@@ -173,19 +175,36 @@ def widths_for_target(
     return _give_back(network, scores, measure, budget, align, widths)
 
 
-def _check_reach(network: Network, measure: str, budget: float, align: int, least: Mapping[str, int]) -> None:
+def _check_reach(
+    network: Network, measure: str, budget: float, align: int, least: Mapping[str, int], unpruned: float | None
+) -> None:
     whole = network.cost(measure, network.full())
     if whole <= budget:
-        raise DpctlError(
-            "the model meets the target already", f"{measure} {whole} of {budget:.0f}", "ask for a smaller target"
-        )
+        share = f"{whole / (unpruned or whole):.3f} of the unpruned model's"
+        raise DpctlError("the model meets the target already", f"{measure} {whole}, {share}", "ask for less than that")
     floor = network.cost(measure, least)
     if floor > budget:
+        option = as_option(measure, floor, whole, unpruned or whole)
         raise DpctlError(
             "the target cannot be reached",
-            f"{measure} {budget:.0f} of {whole}; the floor with align {align} is {floor} ({floor / whole:.3f})",
-            "ask for more than the floor, or lower --align or --floor",
+            f"{measure} {budget:.0f} of {whole}; the floor with align {align} is {floor} ({option})",
+            "ask for the floor or more, or lower --align or --floor",
         )
+
+
+def as_option(measure: str, cost: float, whole: float, unpruned: float) -> str:
+    """Return the option that asks for just above a cost, in as few digits as leave it below the `whole` network's."""
+    if cost >= whole:
+        return "nothing can go"
+    option, text = "", ""
+    for digits in range(3, 16):
+        above = (math.floor(cost / unpruned * 10**digits) + 1) / 10**digits
+        option = "ratio" if measure == "channels" else f"target-{measure}"
+        text = f"{1.0 - above if measure == 'channels' else above:.{digits}f}"
+        left = 1.0 - float(text) if measure == "channels" else float(text)
+        if cost <= left * unpruned < whole:
+            break
+    return f"--{option} {text}"
 
 
 def _smallest_uniform(network: Network, measure: str, budget: float, align: int) -> dict[str, int]:
@@ -290,15 +309,16 @@ def best(span: Span, scores: Sequence[float], width: int) -> tuple[int, ...]:
 
 def select(network: Network, scores: Mapping[str, Sequence[float]], widths: Mapping[str, int]) -> PruningPlan:
     """Return the plan that keeps the best-scored channels at these widths. Raises a DpctlError on NaN scores."""
-    _check_finite(network, scores)
+    check_finite(network, scores)
     return PruningPlan({span.name: best(span, scores[span.name], widths[span.name]) for span in network.spans})
 
 
-def _check_finite(network: Network, scores: Mapping[str, Sequence[float]]) -> None:
+def check_finite(network: Network, scores: Mapping[str, Sequence[float]]) -> None:
+    """Raise a DpctlError that names the first group with a score that is NaN or Inf."""
     for span in network.spans:
         if not all(math.isfinite(value) for value in scores[span.name]):
             raise DpctlError(
                 "the importance of a group is not finite",
                 f"group {span.name}",
-                "the model or the data holds NaN or Inf: check the weights, or use another criterion",
+                "the weights hold NaN or Inf, or are too large: check them, or use another criterion",
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpctl import pruned_unet
 from dpctl.cost import example_inputs
+from dpctl.errors import DpctlError
 from dpctl.models import build_unet
 from dpctl.prune.groups import Groups
 from dpctl.prune.importance import slices
@@ -53,16 +54,17 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: Coll
             state[whole] = state[whole].index_select(dimension, index.to(state[whole].device))
     for name, module in unet.named_modules():
         if name.endswith(".to_q"):
-            factor = (_head_width(small, name) / _head_width(unet, name)) ** 0.5
+            factor = (head_width(small, name) / head_width(unet, name)) ** 0.5
             for parameter, _ in module.named_parameters() if factor != 1.0 else ():
                 state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
     small.load_state_dict(state)
     small.to(next(unet.parameters()).device).eval()
-    _ensure_forward(small)
+    _ensure_forward(small, unet)
     return small
 
 
-def _head_width(unet: Any, to_q: str) -> float:
+def head_width(unet: Any, to_q: str) -> float:
+    """Return the width of one head of the attention that a to_q belongs to."""
     return unet.get_submodule(to_q).out_features / unet.get_submodule(to_q.rpartition(".")[0]).heads
 
 
@@ -133,11 +135,21 @@ def _new_widths(unet: Any, name: str, kept: Kept) -> list[int]:
     return new
 
 
-def _ensure_forward(unet: Any) -> None:
-    inputs = example_inputs(unet)
+def _ensure_forward(small: Any, unet: Any) -> None:
+    """Run the slim network once. Raises a DpctlError where its output is not finite, and the original's neither."""
+    inputs = example_inputs(small)
+    output = _run(small, inputs)
+    if output.shape[0] != 1 or output.shape[2:] != inputs["sample"].shape[2:]:
+        raise RuntimeError(f"the slim network does not run: output {tuple(output.shape)}")
+    if bool(output.isfinite().all()):
+        return
+    if bool(_run(unet, example_inputs(unet)).isfinite().all()):
+        raise RuntimeError("the slim network's output is not finite, and the original's is")
+    got = "NaN or Inf from zeros at timestep 1"
+    raise DpctlError("the network's own output is not finite", got, "check its weights: they are finite, but too large")
+
+
+def _run(unet: Any, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        output = unet(**unet_arguments(inputs)).sample
-    if output.shape[0] != 1 or output.shape[2:] != inputs["sample"].shape[2:] or not bool(output.isfinite().all()):
-        raise RuntimeError(
-            f"the slim network does not run: output {tuple(output.shape)}, finite {bool(output.isfinite().all())}"
-        )
+        output: Tensor = unet(**unet_arguments(inputs)).sample
+    return output

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from dpctl.data import Images, open_data
 from dpctl.diffusion import noise_for, sample_generator
 from dpctl.errors import DpctlError
-from dpctl.prune.gradients import Gradients, Weighting, accumulate, active_timesteps, timestep_grid
+from dpctl.prune.gradients import (
+    Gradients,
+    Weighting,
+    accumulate,
+    active_timesteps,
+    require_finite,
+    timestep_grid,
+)
 
 losses_by_timestep = st.dictionaries(st.integers(0, 999), st.floats(0.0, 10.0), min_size=1, max_size=20)
 
@@ -180,3 +187,33 @@ def test_each_timesteps_gradient_can_be_seen_alone(toy_model: Any, images: Image
     assert len(alone) == len(together.active) == 5
     for name, gradient in together.by_name.items():
         torch.testing.assert_close(sum(one[name] for one in alone), gradient, rtol=1e-4, atol=1e-6)
+
+
+# --- what is not finite ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_named(bad: float) -> None:
+    good = torch.ones(3)
+    require_finite({"a.weight": good}, "timestep 7")
+    with pytest.raises(DpctlError, match=r"gradient is not finite\n.*b\.bias.* timestep 7\n.*magnitude or random"):
+        require_finite({"a.weight": good, "b.bias": torch.tensor([1.0, bad])}, "timestep 7")
+
+
+@pytest.mark.parametrize("each", [None, lambda: None])
+def test_a_backward_pass_that_overflows_is_explained(toy_model: Any, images: Images, each: Any) -> None:
+    # Small activations times large weights: the loss can be held in float32, its gradient cannot.
+    unet = toy_model.unet
+    with torch.no_grad():
+        unet.conv_norm_out.weight.mul_(1e-10)
+        unet.conv_norm_out.bias.mul_(1e-10)
+        unet.conv_out.weight.mul_(1e28)
+    with pytest.raises(DpctlError, match=r"a gradient is not finite\n.*\(conv_in.weight\) at timestep 0\n"):
+        run(toy_model, images, each=each)
+
+
+def test_a_loss_that_overflows_is_explained(toy_model: Any, images: Images) -> None:
+    with torch.no_grad():
+        toy_model.unet.conv_out.weight.mul_(1e20)
+    with pytest.raises(DpctlError, match=r"loss is not finite\n.*timestep 0\n.*too large"):
+        run(toy_model, images)

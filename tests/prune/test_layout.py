@@ -145,8 +145,13 @@ def test_of_all_widths_within_the_budget_those_of_most_importance_are_taken() ->
     # Not the best where the class cannot have it, and none where it can have none.
     second = search(network, scores, "macs", 10, 1, lambda found: found["level 1"] != 5)
     assert second == {"level 1": 6, "level 2": 4}
-    with pytest.raises(DpctlError, match="cannot express"):
+    with pytest.raises(
+        DpctlError, match=r"reached in the layout stock\n.*the floor with align 1 is 16 \(nothing can go\)"
+    ):
         search(network, scores, "macs", 10, 1, lambda _: False)
+    # The floor is the least that the class can have.
+    with pytest.raises(DpctlError, match=r"the floor with align 1 is 12 \(--target-macs 0.751\)"):
+        search(network, scores, "macs", 10, 1, lambda found: sum(found.values()) in (12, 14))
 
 
 def test_a_group_hangs_on_one_level(families: Families) -> None:

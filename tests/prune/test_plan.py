@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dpctl.errors import DpctlError
-from dpctl.prune.plan import Layer, Network, Side, Span, best, select, uniform, width_at, widths_for_target
+from dpctl.prune.plan import Layer, Network, Side, Span, as_option, best, select, uniform, width_at, widths_for_target
 
 in_parts = st.builds(
     lambda segments, part: Span("a", segments * part, segments),
@@ -285,6 +285,25 @@ def test_taking_away_is_the_greedy_order_done_step_by_step(
         widths[name] = narrower
     found = widths_for_target(network, scores, measure, budget, align)
     assert all(found[name] >= width for name, width in widths.items())  # the rest was given back
+
+
+@given(st.integers(1, 10**12), st.integers(1, 10**12), st.integers(1, 10**12), measures)
+@example(31, 900, 1000, "macs")  # on a round figure
+@example(500, 501, 1000, "macs")  # more digits than three, so as not to ask for the whole
+@example(1, 10**12, 10**12, "channels")
+def test_the_option_that_is_named_asks_for_enough_and_not_for_all(
+    cost: int, whole: int, unpruned: int, measure: str
+) -> None:
+    cost, whole, unpruned = sorted((cost, whole, unpruned))
+    said = as_option(measure, cost, whole, unpruned)
+    if cost == whole:
+        assert said == "nothing can go"
+        return
+    option, text = said.split()
+    assert option == ("--ratio" if measure == "channels" else f"--target-{measure}")
+    left = 1.0 - float(text) if measure == "channels" else float(text)
+    assert cost <= left * unpruned < whole
+    assert left * unpruned - cost <= 1e-3 * unpruned
 
 
 def test_a_target_that_the_model_meets_is_refused() -> None:

@@ -7,6 +7,7 @@ from dpctl.prune.importance import Scores, Scoring, second_order
 
 NEEDS_DATA = True
 COMPARABLE = True
+READS = ("weighting",)
 
 
 def score(scoring: Scoring) -> Scores:

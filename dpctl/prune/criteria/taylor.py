@@ -4,6 +4,7 @@ from dpctl.prune.importance import Scores, Scoring, first_order
 
 NEEDS_DATA = True
 COMPARABLE = True
+READS = ("weighting", "reduction")
 
 
 def score(scoring: Scoring) -> Scores:
