@@ -1,14 +1,11 @@
 """`dpctl inspect`: an artifact's lineage, widths, parameters and MACs, for people and as JSON."""
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, units
+from dpctl import artifact, bars, units
 from dpctl.artifact import Manifest
-
-_BLOCK = re.compile(r"(?:down|up)_blocks\.\d+|[^.]+")
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def report(manifest: Manifest, directory: Path) -> Report:
     if manifest.lineage:
         tables.append(_lineage(manifest))
     if widths := stats.get("widths"):
-        tables.append(_widths(widths, stats.get("left_alone", {})))
+        tables += bars.widths(widths, stats.get("left_alone", {}))
     if manifest.parity:
         tables += parity_report(manifest.parity).renderables
     return Report(asdict(manifest) | {"digest": manifest.digest, "directory": str(directory)}, tables)
@@ -94,21 +91,4 @@ def _lineage(manifest: Manifest) -> Any:
     for entry in [*manifest.lineage, own]:
         recipe = ", ".join(f"{name} {value}" for name, value in entry.get("recipe", {}).items())
         table.add_row(entry["kind"], entry["digest"][:12], str(entry["source"]), recipe)
-    return table
-
-
-def _widths(widths: dict[str, list[int]], left_alone: dict[str, str]) -> Any:
-    from rich.table import Table
-
-    table = Table("block", "channel groups: before -> after", title="widths per block", title_justify="left")
-    blocks: dict[str, list[str]] = {}
-    for name, (before, after) in widths.items():
-        block = _BLOCK.match(name)[0]  # type: ignore[index]  # it matches any name
-        rest = name[len(block) :].lstrip(".")
-        blocks.setdefault(block, []).append(f"{rest} {before} -> {after}".strip())
-    order = {"conv_in": 0, "time_embedding": 1, "down_blocks": 2, "mid_block": 3, "up_blocks": 4}
-    for block in sorted(blocks, key=lambda b: (order.get(b.partition(".")[0], 5), b)):
-        table.add_row(block, ", ".join(blocks[block]))
-    for name, reason in left_alone.items():
-        table.add_row(name, f"left alone: {reason}")
     return table
