@@ -61,16 +61,21 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
     document = to_dict(recipe)
     if registry.load(CRITERIA, recipe.criterion, "criterion").NEEDS_DATA:
         return document  # a plan would take the scores, which take a while
-    return document | {"plan": prune_unet(load_model(model), recipe).stats}
+    return document | {"plan": prune_unet(load_model(model), recipe, weights=False).stats}
 
 
-def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
-    """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
+def prune_unet(
+    source: Model, recipe: PruneRecipe, *, weights: bool = True, bar: progress.Bar = progress.no_bar
+) -> Pruned:
+    """Score the channels of `source`, plan what stays and cut; `source` is not changed.
+
+    Without `weights` nothing is cut: the slim network is on the meta device, and everything told of it is true.
+    """
     from dpctl.prune.groups import find_groups, restrict
     from dpctl.prune.importance import Scoring
     from dpctl.prune.layout import find_levels
     from dpctl.prune.network import describe
-    from dpctl.prune.surgery import kept_indices, slim
+    from dpctl.prune.surgery import kept_indices, outline, slim
 
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
     groups = restrict(find_groups(source.unet), recipe.keep, recipe.only)
@@ -82,7 +87,7 @@ def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progre
         scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
     plan, stock = _plan(source, network, scores, recipe, criterion.COMPARABLE, levels)
     kept = kept_indices(source.unet, groups, plan)
-    small = slim(source.unet, kept, stock)
+    small = (slim if weights else outline)(source.unet, kept, stock)
     return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe, groups.left_alone))
 
 

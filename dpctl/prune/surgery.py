@@ -60,6 +60,12 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None) -> Any:
     return small
 
 
+def outline(unet: Any, kept: Kept, stock: dict[str, Any] | None = None) -> Any:
+    """Return what `slim` returns, on the meta device: its class, config and shapes."""
+    with torch.device("meta"):
+        return (build_unet(stock) if stock is not None else _free(unet, kept)).eval()
+
+
 def _head_width(unet: Any, to_q: str) -> float:
     return unet.get_submodule(to_q).out_features / unet.get_submodule(to_q.rpartition(".")[0]).heads
 
