@@ -64,13 +64,17 @@ def reactions(scan: Mapping[str, Any]) -> list[Any]:
     most = max(means.values(), default=0.0)
     widths = {row["group"]: row["width"] for row in scan["rows"]}
     headings = [f"-{100 * fraction:.0f} %" for fraction in fractions]
-    table = _table("the loss when a part of one group is cut", "width", *headings, "mean")
+    table = _table(f"the loss when a part of one group is cut{_of(scan)}", "width", *headings, "mean")
     for group in sorted(means, key=lambda name: (-means[name], name)):
         cells = [_rise(found[group].get(fraction)) for fraction in fractions]
         table.add_row(
             group, str(widths[group]), *cells, _rise(means[group]), Bar(means[group] / most if most > 0 else 0.0, False)
         )
     return [table, Text(f"denoising loss {base:.4g} uncut; {measured_on(scan)}")]
+
+
+def _of(scan: Mapping[str, Any]) -> str:
+    return f" (of the model {scan['model'][:12]})" if "model" in scan else ""
 
 
 def nearest(row: Mapping[str, Any], fractions: Sequence[float]) -> float:
@@ -87,7 +91,10 @@ def measured_on(scan: Mapping[str, Any]) -> str:
 
 
 def _rise(change: float | None) -> str:
-    return "" if change is None else f"{100 * change:+.1f} %"
+    if change is None:
+        return ""
+    # The part after the point says nothing where the loss rises by a tenth and more; adding 0.0 makes -0.0 a zero.
+    return f"{round(100 * change, 0 if abs(change) >= 0.1 else 1) + 0.0:+.{int(abs(change) < 0.1)}f} %"
 
 
 def _table(title: str, *figures: str) -> Any:

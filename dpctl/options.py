@@ -36,6 +36,13 @@ Scope = Annotated[
 Floor = Annotated[float, typer.Option("--floor", help="Fraction of its channels that each group keeps, scope global.")]
 Keep = Annotated[str, typer.Option("--keep", help="Globs over module names, comma-separated: these stay whole.")]
 Only = Annotated[str, typer.Option("--only", help="Globs over module names, comma-separated: only these are cut.")]
+Sensitivity = Annotated[
+    bool, typer.Option("--sensitivity", help="Scan how the denoising loss reacts to cuts in one group at a time.")
+]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--picture", help="Draw the widths (or the scan) into this .svg or .png file.", show_default=False),
+]
 Criterion = Annotated[str, typer.Option("--criterion", help="random, magnitude, taylor, diff-pruning or fisher.")]
 Weighting = Annotated[
     str, typer.Option("--weighting", help="Timesteps that count: threshold, uniform, early, or auto: the criterion's.")

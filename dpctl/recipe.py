@@ -69,6 +69,7 @@ class PruneRecipe:
     * `scope`: local (one ratio for every group), global (one ranking over the network, of which each group keeps the
       fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
     * `keep` and `only`: globs over module names.
+    * `sensitivity`: scan how the loss reacts to cuts in each group of the model, and keep that in the manifest.
     """
 
     criterion: str = "diff-pruning"
@@ -87,6 +88,7 @@ class PruneRecipe:
     floor: float = 0.0
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    sensitivity: bool = False
     seed: int = 0
 
 

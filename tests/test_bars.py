@@ -52,6 +52,37 @@ def test_a_terminal_that_knows_no_blocks_gets_letters() -> None:
     assert shown(bars.widths(WIDTHS, {}), encoding="ascii")[3].endswith("###############.....")
 
 
+SCAN = {
+    "model": "0123456789abcdef",
+    "base_loss": 0.1,
+    "fractions": [0.25, 0.5],
+    "measured_on": {"data": "[b]", "images": 8, "timesteps": [125, 375], "align": 8, "seed": 0},
+    "rows": [
+        {"group": "mid_block.resnets.0.conv1", "block": "mid_block", "width": 64, "kept": 48, "loss": 0.09999},
+        {"group": "a", "block": "a", "width": 32, "kept": 24, "loss": 0.105},
+        {"group": "conv_in", "block": "conv_in", "width": 32, "kept": 24, "loss": 0.12},
+        {"group": "conv_in", "block": "conv_in", "width": 32, "kept": 16, "loss": 0.16},
+    ],
+}
+
+
+def test_the_group_whose_cuts_raise_the_loss_most_comes_first() -> None:
+    lines = shown(bars.reactions(SCAN))
+    assert lines[0] == "the loss when a part of one group is cut (of the model 0123456789ab)"
+    assert lines[1].split() == ["width", "-25", "%", "-50", "%", "mean"]
+    assert lines[3:] == [
+        "conv_in                       32   +20 %  +60 %   +40 %  ████████████████████",
+        "a                             32  +5.0 %         +5.0 %  ██",
+        "mid_block.resnets.0.conv1     64  +0.0 %         +0.0 %",
+        "denoising loss 0.1 uncut; 8 images of [b] with fixed noise, each at the timesteps 125, 375",
+    ]
+
+
+def test_a_cut_counts_for_the_fraction_that_it_is_nearest_to() -> None:
+    assert bars.nearest({"width": 48, "kept": 32}, [0.25, 0.5, 0.75]) == 0.25
+    assert bars.nearest({"width": 48, "kept": 16}, [0.25, 0.5, 0.75]) == 0.75
+
+
 @pytest.mark.parametrize("width", [100, 80])
 def test_long_names_of_transformer_layers_leave_the_figures_whole(width: int) -> None:
     name = "up_blocks.1.attentions.0.transformer_blocks.9.ff.net.0.proj"

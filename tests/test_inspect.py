@@ -92,6 +92,19 @@ def test_a_model_that_was_not_pruned_has_no_widths_to_draw(toy_pipeline: Path) -
     assert " -> " not in shown(inspect(str(toy_pipeline)))
 
 
+def test_a_scan_of_the_model_itself_is_shown_and_told(pruned: Path) -> None:
+    scan = {
+        "base_loss": 0.1,
+        "fractions": [0.5],
+        "measured_on": {"data": "d", "images": 1, "timesteps": [1], "align": 8, "seed": 0},
+        "rows": [{"group": "conv_in", "block": "conv_in", "width": 32, "kept": 16, "loss": 0.3}],
+    }
+    found = inspect(str(pruned), scan)
+    assert found.json["stats"]["sensitivity"] == scan
+    assert "+200 %" in shown(found)
+    assert "sensitivity" not in inspect(str(pruned)).json["stats"]
+
+
 def test_a_changed_file_is_refused(pruned: Path, tmp_path: Path) -> None:
     shutil.copytree(pruned, tmp_path / "copy")
     (tmp_path / "copy" / "unet" / "config.json").write_text("{}")

@@ -40,6 +40,7 @@ def prune(
     if not pruned.kept:
         got = f"ratio {recipe.ratio}, align {recipe.align}: no group loses a whole step"
         raise DpctlError("nothing would be pruned", got, "ask for a larger --ratio, or lower --align")
+    scanned = {"sensitivity": _scan(source, recipe, bar)} if recipe.sensitivity else {}
     with artifact.writing(out, force=force) as directory:
         save_model(directory, model=source, unet=pruned.unet)
         _save_kept(directory, source, pruned)
@@ -47,7 +48,7 @@ def prune(
             directory,
             kind="pruned",
             recipe=to_dict(recipe),
-            stats=pruned.stats | {"bytes": cost.file_bytes(directory)},
+            stats=pruned.stats | {"bytes": cost.file_bytes(directory)} | scanned,
             **artifact.descent(source.manifest, source.digest, source.source),
         )
 
@@ -62,6 +63,21 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
     if registry.load(CRITERIA, recipe.criterion, "criterion").NEEDS_DATA:
         return document  # a plan would take the scores, which take a while
     return document | {"plan": prune_unet(load_model(model), recipe, weights=False).stats}
+
+
+def scan(model: str, data: str, *, bar: progress.Bar = progress.no_bar) -> dict[str, Any]:
+    """Return how the denoising loss of a model reacts to cuts in one group at a time; see `dpctl.prune.sensitivity`."""
+    return _scan(load_model(model), PruneRecipe(data=data), bar)
+
+
+def _scan(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, Any]:
+    from dpctl.prune import sensitivity
+
+    images = _open_data(
+        source.unet, recipe, "the sensitivity of this model cannot be scanned", "leave --sensitivity out"
+    )
+    found = sensitivity.scan(source.unet, source.scheduler, images, align=recipe.align, seed=recipe.seed, bar=bar)
+    return {"model": source.digest} | found
 
 
 def prune_unet(
@@ -81,7 +97,10 @@ def prune_unet(
     groups = restrict(find_groups(source.unet), recipe.keep, recipe.only)
     levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
     network = describe(source.unet, groups)
-    images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
+    images = None
+    if criterion.NEEDS_DATA:
+        failed = f"the criterion {recipe.criterion} cannot score this model"
+        images = _open_data(source.unet, recipe, failed, "use --criterion magnitude or random")
     with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
         scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
         scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
@@ -150,7 +169,7 @@ def _unpruned(source: Model) -> dict[str, int]:
         return cost.stats(build_unet({**base, "_class_name": type(source.unet).__name__.removeprefix(PRUNED)}).eval())
 
 
-def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
+def _open_data(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
     from dpctl.data import open_data
     from dpctl.diffusion import require_image_to_image
 
@@ -158,9 +177,9 @@ def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
         require_image_to_image(unet.config)
     except DpctlError as problem:
         raise DpctlError(
-            f"the criterion {recipe.criterion} cannot score this model",
+            failed,
             f"{problem.failed}: {problem.got}",
-            "use --criterion magnitude or random: images alone do not give the loss of such a model",
+            f"{todo}: images alone do not give the loss of such a model",
         ) from None
     return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 
