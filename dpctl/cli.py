@@ -55,6 +55,7 @@ def prune(
     only: options.Only = None,
     heads: options.Heads = PRUNE.heads,
     norm_groups: options.NormGroups = PRUNE.norm_groups,
+    sensitivity: options.Sensitivity = False,
     seed: options.Seed = PRUNE.seed,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -80,6 +81,7 @@ def prune(
         only=_patterns(only),
         heads=heads,
         norm_groups=norm_groups,
+        sensitivity=sensitivity,
         seed=seed,
     )
     from dpctl import prune as pruning
@@ -304,11 +306,23 @@ def sample(
 
 
 @app.command()
-def inspect(model: options.ModelArgument, json_: options.Json = False) -> None:
-    """Show an artifact's lineage, widths, parameters and MACs."""
+def inspect(
+    model: options.ModelArgument,
+    sensitivity: options.Sensitivity = False,
+    data: options.Data = PRUNE.data,
+    picture: options.Picture = None,
+    json_: options.Json = False,
+) -> None:
+    """Show a model's lineage, size and widths, and how its loss reacts to cuts in each group."""
     from dpctl import inspect as inspection
+    from dpctl import prune as pruning
+    from dpctl.report import architecture
 
-    _print(inspection.inspect(model), json_)
+    architecture.check(picture)
+    scan = pruning.scan(model, data, bar=progress.bar) if sensitivity else None
+    found = inspection.inspect(model, scan)
+    architecture.write(picture, found.json["stats"], scan)
+    _print(found, json_)
 
 
 @app.command()

@@ -4,6 +4,7 @@ MACs are our own count, the same on every device: convolutions and linear layers
 products of attention beside them. (torch's FlopCounterMode counts attention as 0 on the CPU and in full on meta.)
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ def positions(unet: Any) -> dict[str, int]:
     """Return layer name -> number of output positions (H * W, or tokens) at batch 1, summed over its calls.
 
     The MACs of a layer are its positions times the size of its weight, so that one pass over the unpruned
-    network prices every plan for it.
+    network prices every plan for it. It runs without weights, so that a network of any size takes no time.
     """
+    unet = without_weights(unet)
     counts: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -41,14 +43,19 @@ def positions(unet: Any) -> dict[str, int]:
 
         return hook
 
-    hooks = [m.register_forward_hook(count(name)) for name, m in unet.named_modules() if is_layer(m)]
-    try:
-        with torch.no_grad():
-            unet(**unet_arguments(example_inputs(unet)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name, module in unet.named_modules():
+        if is_layer(module):
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        unet(**unet_arguments(example_inputs(unet)))
     return counts
+
+
+def without_weights(unet: Any) -> Any:
+    """Return a copy of `unet` on the meta device, for what looks at shapes alone; `unet` itself is not touched."""
+    copies: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in unet.parameters()}
+    copies |= {id(buffer): buffer.to("meta") for buffer in unet.buffers()}
+    return copy.deepcopy(unet, copies)
 
 
 def macs(unet: Any) -> Macs:

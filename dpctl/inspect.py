@@ -1,14 +1,11 @@
 """`dpctl inspect`: an artifact's lineage, widths, parameters and MACs, for people and as JSON."""
 
-import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, units
+from dpctl import artifact, bars, units
 from dpctl.artifact import Manifest
-
-_BLOCK = re.compile(r"(?:down|up)_blocks\.\d+|[^.]+")
 
 
 @dataclass(frozen=True)
@@ -19,21 +16,25 @@ class Report:
     renderables: list[Any] = field(default_factory=list)
 
 
-def inspect(name: str) -> Report:
-    """Describe a model: from its manifest where there is one, else by loading and counting it."""
+def inspect(name: str, scan: dict[str, Any] | None = None) -> Report:
+    """Describe a model: from its manifest where there is one, else by loading and counting it.
+
+    `scan`, of the model itself, is shown instead of one in the manifest, which is of the model before its pruning.
+    """
     from dpctl.models import load_model, resolve
 
     directory = resolve(name)
+    added = {} if scan is None else {"sensitivity": scan}
     manifest = artifact.read_manifest(directory)
     if manifest is not None:
         artifact.verify_files(directory, manifest)
-        return report(manifest, directory)
+        return report(replace(manifest, stats=manifest.stats | added), directory)
     from dpctl import cost
 
     model = load_model(name)
-    stats = cost.stats(model.unet) | {"bytes": cost.file_bytes(directory)}
+    stats = cost.stats(model.unet) | {"bytes": cost.file_bytes(directory)} | added
     document = {"kind": "foreign", "stats": stats, "lineage": [], "digest": model.digest, "directory": str(directory)}
-    return Report(document, [_figures("foreign", directory, model.digest, stats)])
+    return Report(document, [_figures("foreign", directory, model.digest, stats), *_groups(stats)])
 
 
 def report(manifest: Manifest, directory: Path) -> Report:
@@ -42,11 +43,16 @@ def report(manifest: Manifest, directory: Path) -> Report:
     tables = [_figures(manifest.kind, directory, manifest.digest, stats)]
     if manifest.lineage:
         tables.append(_lineage(manifest))
-    if widths := stats.get("widths"):
-        tables.append(_widths(widths, stats.get("left_alone", {})))
+    tables += _groups(stats)
     if manifest.parity:
         tables += parity_report(manifest.parity).renderables
     return Report(asdict(manifest) | {"digest": manifest.digest, "directory": str(directory)}, tables)
+
+
+def _groups(stats: dict[str, Any]) -> list[Any]:
+    widths, scan = stats.get("widths"), stats.get("sensitivity")
+    drawn = bars.widths(widths, stats.get("left_alone", {})) if widths else []
+    return [*drawn, *(bars.reactions(scan) if scan else [])]
 
 
 def parity_report(parity: dict[str, Any]) -> Report:
@@ -94,21 +100,4 @@ def _lineage(manifest: Manifest) -> Any:
     for entry in [*manifest.lineage, own]:
         recipe = ", ".join(f"{name} {value}" for name, value in entry.get("recipe", {}).items())
         table.add_row(entry["kind"], entry["digest"][:12], str(entry["source"]), recipe)
-    return table
-
-
-def _widths(widths: dict[str, list[int]], left_alone: dict[str, str]) -> Any:
-    from rich.table import Table
-
-    table = Table("block", "channel groups: before -> after", title="widths per block", title_justify="left")
-    blocks: dict[str, list[str]] = {}
-    for name, (before, after) in widths.items():
-        block = _BLOCK.match(name)[0]  # type: ignore[index]  # it matches any name
-        rest = name[len(block) :].lstrip(".")
-        blocks.setdefault(block, []).append(f"{rest} {before} -> {after}".strip())
-    order = {"conv_in": 0, "time_embedding": 1, "down_blocks": 2, "mid_block": 3, "up_blocks": 4}
-    for block in sorted(blocks, key=lambda b: (order.get(b.partition(".")[0], 5), b)):
-        table.add_row(block, ", ".join(blocks[block]))
-    for name, reason in left_alone.items():
-        table.add_row(name, f"left alone: {reason}")
     return table

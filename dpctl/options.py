@@ -44,6 +44,13 @@ Heads = Annotated[
 NormGroups = Annotated[
     bool, typer.Option("--norm-groups", help="Take whole GroupNorm groups where they fit, not a part of each.")
 ]
+Sensitivity = Annotated[
+    bool, typer.Option("--sensitivity", help="Scan how the denoising loss reacts to cuts in one group at a time.")
+]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--picture", help="Draw the widths (or the scan) into this .svg or .png file.", show_default=False),
+]
 Criterion = Annotated[str, typer.Option("--criterion", help="random, magnitude, taylor, diff-pruning or fisher.")]
 Weighting = Annotated[
     str, typer.Option("--weighting", help="Timesteps that count: threshold, uniform, early, or auto: the criterion's.")

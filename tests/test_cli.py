@@ -98,6 +98,24 @@ def test_json_is_one_document_on_stdout(
     assert json.loads(trained.out)["kind"] == "trained"
 
 
+def test_inspect_scans_and_draws(
+    tmp_path: Path, dpctl: Callable[..., Done], prune_toy: Callable[..., Done], toy_pipeline: Path, toy_images: Path
+) -> None:
+    prune_toy(tmp_path / "slim")
+    assert dpctl("inspect", tmp_path / "slim", "--picture", tmp_path / "widths.svg").code == 0
+    assert "before" in (tmp_path / "widths.svg").read_text()
+    scanning = ("inspect", toy_pipeline, "--sensitivity", "--data", toy_images)
+    done = dpctl(*scanning, "--picture", tmp_path / "scan.svg", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["stats"]["sensitivity"]["rows"]
+    assert {row["group"] for row in rows} == set(manifest_of(tmp_path / "slim").stats["widths"])
+    assert "rise of the loss" in (tmp_path / "scan.svg").read_text()
+    # A mistake in the name costs no scan.
+    refused = dpctl(*scanning, "--picture", tmp_path / "scan.svg")
+    assert (refused.code, refused.out) == (1, "")
+    assert "sensitivity" not in refused.err
+
+
 def test_doctor_says_what_there_is(dpctl: Callable[..., Done]) -> None:
     done = dpctl("doctor", "--json")
     assert done.code == 0

@@ -143,6 +143,20 @@ def test_an_unknown_class_input_is_explained(make_unet: Callable[..., Any], kind
         cost.stats(make_unet(class_embed_type=kind))
 
 
+def test_a_copy_without_weights_has_every_shape_and_leaves_the_original_alone(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    before = {name: (value, value.clone()) for name, value in unet.state_dict(keep_vars=True).items()}
+    twin = cost.without_weights(unet)
+    assert {name: value.shape for name, value in twin.state_dict().items()} == {
+        n: v.shape for n, (v, _) in before.items()
+    }
+    assert all(value.device.type == "meta" for value in twin.state_dict().values())
+    cost.positions(unet)
+    after = unet.state_dict(keep_vars=True)
+    assert all(after[name] is value and torch.equal(value, copy) for name, (value, copy) in before.items())
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
 # --- bytes -------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dpctl import artifact
+from dpctl.blocks import within
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report, inspect, parity_report, report
 from dpctl.prune import prune
@@ -75,12 +77,32 @@ def test_people_see_figures_lineage_and_widths(pruned: Path, toy_pipeline: Path)
     for entry in manifest.lineage:
         assert entry["digest"][:12] in text
     assert "this directory" in text
-    # Every group once, below its block, in the order of the network.
-    for before, after in manifest.stats["widths"].values():
-        assert f"{before} -> {after}" in text
-    assert text.count(" -> ") == len(manifest.stats["widths"]) + text.count("before -> after")
-    places = [text.index(block) for block in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0")]
-    assert places == sorted(places)
+
+
+def test_every_group_is_drawn_with_its_widths(pruned: Path) -> None:
+    manifest = artifact.read_manifest(pruned)
+    assert manifest is not None
+    drawn = shown(inspect(str(pruned))).partition("widths per block")[2]
+    for name, (before, after) in manifest.stats["widths"].items():
+        assert re.search(rf"^ *{re.escape(within(name) or name)} +{before} -> {after} ", drawn, re.MULTILINE), name
+    assert "left alone, it is the network's output: conv_out" in drawn
+
+
+def test_a_model_that_was_not_pruned_has_no_widths_to_draw(toy_pipeline: Path) -> None:
+    assert " -> " not in shown(inspect(str(toy_pipeline)))
+
+
+def test_a_scan_of_the_model_itself_is_shown_and_told(pruned: Path) -> None:
+    scan = {
+        "base_loss": 0.1,
+        "fractions": [0.5],
+        "measured_on": {"data": "d", "images": 1, "timesteps": [1], "align": 8, "seed": 0},
+        "rows": [{"group": "conv_in", "block": "conv_in", "width": 32, "kept": 16, "loss": 0.3}],
+    }
+    found = inspect(str(pruned), scan)
+    assert found.json["stats"]["sensitivity"] == scan
+    assert "+200 %" in shown(found)
+    assert "sensitivity" not in inspect(str(pruned)).json["stats"]
 
 
 def test_a_changed_file_is_refused(pruned: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from dpctl.bench.compare import Estimate, Percentiles, interval, paired_ratio, p
 from dpctl.bench.metrics import Figure
 from dpctl.errors import DpctlError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "bench.json"
 EAGER = "eager"
+_NEW_IN_2: dict[str, Any] = {"widths": {}, "sensitivity": None}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Model:
-    """One model as it is on disk; MACs are of one forward pass at batch 1, attention's products beside them."""
+    """One model as it is on disk; MACs are of one forward pass at batch 1, attention's products beside them.
+
+    `widths` has (before, after) of every group, and `sensitivity` the scan, as far as the manifest tells.
+    """
 
     name: str
     source: str
@@ -71,6 +75,8 @@ class Model:
     attention_macs: int
     file_bytes: int
     lineage: tuple[dict[str, Any], ...]
+    widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sensitivity: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -241,10 +247,12 @@ def read_result(path: Path) -> BenchResult:
     except (OSError, ValueError) as problem:
         raise DpctlError("the benchmark file cannot be read", f"{path}: {problem}", todo) from None
     version = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         raise DpctlError("unknown benchmark format", f"{path}: schema_version {version!r}", todo)
     values.pop("summary", None)
     try:
+        if version == 1:
+            values |= {"schema_version": SCHEMA_VERSION, "models": [_NEW_IN_2 | model for model in values["models"]]}
         return _build(BenchResult, values, "result")
     except (KeyError, TypeError, ValueError) as problem:
         raise DpctlError("the benchmark file is damaged", f"{path}: {problem}", todo) from None

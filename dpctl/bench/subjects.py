@@ -88,6 +88,8 @@ def _describe(name: str, source: str, directory: Path) -> Model:
         attention_macs=stats["attention_macs"],
         file_bytes=cost.file_bytes(directory),
         lineage=() if manifest is None else _lineage(manifest),
+        widths={name: tuple(pair) for name, pair in stats.get("widths", {}).items()},
+        sensitivity=stats.get("sensitivity"),
     )
 
 

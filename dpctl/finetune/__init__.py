@@ -211,9 +211,8 @@ def _copy_kept(source: Model, directory: Path) -> None:
 def _inherited(source: Model) -> dict[str, Any]:
     """Return the figures of the pruning that stay true of the finetuned network."""
     stats = source.manifest.stats if source.manifest is not None else {}
-    return {
-        name: stats[name] for name in ("unpruned", "requested", "achieved", "widths", "left_alone") if name in stats
-    }
+    told = ("unpruned", "requested", "achieved", "widths", "left_alone", "sensitivity")
+    return {name: stats[name] for name in told if name in stats}
 
 
 def _finish(

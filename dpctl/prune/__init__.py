@@ -41,6 +41,7 @@ def prune(
     if not pruned.kept:
         got = f"ratio {recipe.ratio}, align {recipe.align}: no group loses a whole step"
         raise DpctlError("nothing would be pruned", got, "ask for a larger --ratio, or lower --align")
+    scanned = {"sensitivity": _scan(source, recipe, bar)} if recipe.sensitivity else {}
     with artifact.writing(out, force=force) as directory:
         save_model(directory, model=source, unet=pruned.unet)
         _save_kept(directory, source, pruned)
@@ -48,7 +49,7 @@ def prune(
             directory,
             kind="pruned",
             recipe=to_dict(recipe),
-            stats=pruned.stats | {"bytes": cost.file_bytes(directory)},
+            stats=pruned.stats | {"bytes": cost.file_bytes(directory)} | scanned,
             **artifact.descent(source.manifest, source.digest, source.source),
         )
 
@@ -62,25 +63,48 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
     document = to_dict(recipe)
     if registry.load(CRITERIA, recipe.criterion, "criterion").NEEDS_DATA:
         return document  # a plan would take the scores, which take a while
-    return document | {"plan": prune_unet(load_model(model), recipe).stats}
+    return document | {"plan": prune_unet(load_model(model), recipe, weights=False).stats}
 
 
-def prune_unet(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Pruned:
-    """Score the channels of `source`, plan what stays and cut; `source` is not changed."""
+def scan(model: str, data: str, *, bar: progress.Bar = progress.no_bar) -> dict[str, Any]:
+    """Return how the denoising loss of a model reacts to cuts in one group at a time; see `dpctl.prune.sensitivity`."""
+    return _scan(load_model(model), PruneRecipe(data=data), bar)
+
+
+def _scan(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, Any]:
+    from dpctl.prune import sensitivity
+
+    images = _open_data(
+        source.unet, recipe, "the sensitivity of this model cannot be scanned", "leave --sensitivity out"
+    )
+    found = sensitivity.scan(source.unet, source.scheduler, images, align=recipe.align, seed=recipe.seed, bar=bar)
+    return {"model": source.digest} | found
+
+
+def prune_unet(
+    source: Model, recipe: PruneRecipe, *, weights: bool = True, bar: progress.Bar = progress.no_bar
+) -> Pruned:
+    """Score the channels of `source`, plan what stays and cut; `source` is not changed.
+
+    Without `weights` nothing is cut: the slim network is on the meta device, and everything told of it is true.
+    """
     from dpctl.prune.attached import require_plain
     from dpctl.prune.importance import Scoring
-    from dpctl.prune.surgery import kept_indices, regrouped, slim
+    from dpctl.prune.surgery import kept_indices, outline, regrouped, slim
 
     require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
     groups, network, levels = _traced(source, recipe)
-    images = _open_data(source.unet, recipe) if criterion.NEEDS_DATA else None
+    images = None
+    if criterion.NEEDS_DATA:
+        failed = f"the criterion {recipe.criterion} cannot score this model"
+        images = _open_data(source.unet, recipe, failed, "use --criterion magnitude or random")
     with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
         scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
         scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
     plan, stock = _plan(source, network, scores, recipe, criterion.COMPARABLE, levels)
     kept = kept_indices(source.unet, groups, plan)
-    small = slim(source.unet, kept, stock, groups.whole)
+    small = (slim if weights else outline)(source.unet, kept, stock, groups.whole)
     named = {
         "left_alone": groups.left_alone,
         "in_parts": groups.in_parts,
@@ -192,7 +216,7 @@ def _budget(recipe: PruneRecipe, unpruned: dict[str, int], measure: str) -> floa
     return float(getattr(recipe, f"target_{measure}") or 0.0) * unpruned[measure]
 
 
-def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
+def _open_data(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
     from dpctl.data import open_data, require_pixels
     from dpctl.diffusion import require_image_to_image
 
@@ -201,9 +225,9 @@ def _open_data(unet: Any, recipe: PruneRecipe) -> Any:
         require_pixels(unet.config.in_channels)
     except DpctlError as problem:
         raise DpctlError(
-            f"the criterion {recipe.criterion} cannot score this model",
+            failed,
             f"{problem.failed}: {problem.got}",
-            "use --criterion magnitude or random: images alone do not give the loss of such a model",
+            f"{todo}: images alone do not give the loss of such a model",
         ) from None
     return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 

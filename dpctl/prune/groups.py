@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpctl.cost import example_inputs
+from dpctl.cost import example_inputs, without_weights
 from dpctl.errors import DpctlError
 from dpctl.signature import unet_arguments
 
@@ -65,12 +65,13 @@ class Groups:
 
 
 def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) -> Groups:
-    """Trace `unet` and return its coupled channel groups in the order of the network's modules.
+    """Trace `unet`, without its weights, and return its coupled channel groups in the order of the trace.
 
     With `heads` and `norm_groups` whole ones of these go, where they fit, instead of a part of each.
     """
     import torch_pruning
 
+    unet = without_weights(unet)
     order = {module: name for name, module in unet.named_modules()}
     with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling(), _differentiable(unet):
         warnings.simplefilter("ignore")

@@ -63,6 +63,12 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: Coll
     return small
 
 
+def outline(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: Collection[str] = ()) -> Any:
+    """Return what `slim` returns, on the meta device: its class, config and shapes."""
+    with torch.device("meta"):
+        return (build_unet(stock) if stock is not None else _free(unet, kept, whole)).eval()
+
+
 def head_width(unet: Any, to_q: str) -> float:
     """Return the width of one head of the attention that a to_q belongs to."""
     return unet.get_submodule(to_q).out_features / unet.get_submodule(to_q.rpartition(".")[0]).heads

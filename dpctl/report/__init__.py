@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpctl.bench.result import BenchResult
-from dpctl.report import charts, page
+from dpctl.report import architecture, charts, page
 
 
 def table(result: BenchResult) -> Any:
@@ -33,10 +33,13 @@ def table(result: BenchResult) -> Any:
 
 
 def write_report(result: BenchResult, out: Path) -> None:
-    """Write report.md (with samples.png and latency.svg beside it) and the self-contained report.html into `out`."""
+    """Write report.md (with its pictures beside it) and the self-contained report.html into `out`."""
     sheets = charts.sheets(result, out)
     latency = charts.latency(result)
     (out / "latency.svg").write_text(latency, encoding="utf-8")
+    drawings = architecture.drawings(result)
+    for name, drawing in drawings.items():
+        (out / name).write_text(drawing.svg, encoding="utf-8")
     for name, sheet in sheets.items():
         (out / name).write_bytes(charts.png(sheet.whole))
     told = {
@@ -47,7 +50,8 @@ def write_report(result: BenchResult, out: Path) -> None:
         "labels": page.labels(result),
         "tables": page.tables(result),
         "sheets": sheets,
-        "latency": charts.for_page(latency),
+        "latency": charts.for_page(latency, "latencies"),
+        "drawings": drawings,
         "lineage": page.lineage(result),
         "environment": page.environment(result),
         "method": page.METHOD,

@@ -80,22 +80,32 @@ def latency(result: BenchResult) -> str:
 
     steps, sizes = result.recipe["num_inference_steps"], result.recipe["batch_sizes"]
     count = len(result.subjects)
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "latency",
-        "font.family": "sans-serif",
-        **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
-        **{f"axes.{name}": INK for name in ("edgecolor", "labelcolor", "titlecolor")},
-    }
-    with rc_context(settings):
+    with rc_context(style("latency")):
         figure = Figure(figsize=(10, (0.8 + 0.4 * count) * len(steps) + 0.2), layout="constrained")
         panels = figure.subplots(len(steps), len(sizes), sharey=True, squeeze=False)
         for panel, condition in zip(panels.flat, result.conditions, strict=True):
             _panel(panel, result, condition)
         panels[0][0].set_yticks(range(count), [subject.name for subject in result.subjects])
         panels[0][0].invert_yaxis()
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
+        return svg(figure)
+
+
+def style(salt: str) -> dict[str, Any]:
+    """Return matplotlib's settings for a chart; `salt` tells its marks from those of other charts on one page."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.family": "sans-serif",
+        "text.parse_math": False,  # a model's name may hold a $
+        **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
+        **{f"axes.{name}": INK for name in ("edgecolor", "labelcolor", "titlecolor")},
+    }
+
+
+def svg(figure: Any) -> str:
+    """Return a figure as an SVG file, the same bytes every time; within the style that it was drawn in."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
     return file.getvalue()
 
 
@@ -127,11 +137,11 @@ def _few_ticks() -> Any:
     return MaxNLocator(nbins=4)
 
 
-def for_page(svg: str) -> str:
+def for_page(file: str, label: str) -> str:
     """Return an SVG file's element for use inside a page: in the page's text colour and font, as wide as it may be."""
-    element = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    element = file[file.index("<svg") :].replace(INK, "currentColor")
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r"font(-family)?: [^;\"]*'[^;\"]*", lambda m: re.sub(r"(?<=px ).*", "inherit", m[0]), element)
     return re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%" role="img" aria-label="latencies"', element, count=1
+        r'width="[\d.]+pt" height="[\d.]+pt"', f'width="100%" role="img" aria-label="{label}"', element, count=1
     )

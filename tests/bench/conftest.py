@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpctl.bench.metrics._features import FeatureSpace
-from dpctl.bench.result import BenchResult, Memory, Model, Subject, Turn
+from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Memory, Model, Subject, Turn
 
 
 def _model(name: str, macs: int) -> Model:
@@ -35,7 +35,10 @@ def make_result() -> Callable[..., BenchResult]:
         rounds = max(len(values) for values in latencies.values())
         recipe = {"batch_sizes": [1], "num_inference_steps": [2], "rounds": rounds, "seed": 0, "scheduler": "ddim"}
         subjects = tuple(_subject(model, backend, values) for (model, backend), values in latencies.items())
-        return BenchResult(1, "2026-01-01T00:00:00+00:00", "dpctl", recipe, 1, environment, None, models, subjects, ())
+        version = SCHEMA_VERSION
+        return BenchResult(
+            version, "2026-01-01T00:00:00+00:00", "dpctl", recipe, 1, environment, None, models, subjects, ()
+        )
 
     return make
 

@@ -54,6 +54,15 @@ def test_written_and_read_back_it_is_the_same(make_result: Make, tmp_path: Path)
     assert document["summary"][3]["pruning"]["value"] == pytest.approx(2)
 
 
+def test_widths_and_a_scan_come_back_as_they_were(make_result: Make, tmp_path: Path) -> None:
+    result = make_result(LATENCIES)
+    scan = {"base_loss": 0.5, "rows": [{"group": "conv_in", "loss": 1.0}]}
+    slim = dataclasses.replace(result.models[1], widths={"conv_in": (32, 16)}, sensitivity=scan)
+    result = dataclasses.replace(result, models=(result.models[0], slim))
+    write_result(result, tmp_path)
+    assert read_result(tmp_path / "bench.json") == result
+
+
 def test_digests_are_the_baselines_first(make_result: Make) -> None:
     assert make_result(LATENCIES).digests() == ["aaa", "bbb"]
 
@@ -75,7 +84,7 @@ def _age(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(_drop, "models"), (_retype, "latency_s"), (_add, "surprise"), (_age, "2")]
+    ("change", "said"), [(_drop, "models"), (_retype, "latency_s"), (_add, "surprise"), (_age, "3")]
 )
 def test_a_damaged_file_says_where(
     change: Callable[[dict[str, Any]], None], said: str, make_result: Make, tmp_path: Path
@@ -87,6 +96,20 @@ def test_a_damaged_file_says_where(
     with pytest.raises(DpctlError) as problem:
         read_result(tmp_path / "bench.json")
     assert said in problem.value.got
+
+
+def test_a_file_of_the_first_version_is_still_read(make_result: Make, tmp_path: Path) -> None:
+    write_result(make_result(LATENCIES), tmp_path)
+    document = json.loads((tmp_path / "bench.json").read_text())
+    document["schema_version"] = 1
+    for model in document["models"]:
+        del model["widths"], model["sensitivity"]
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    assert read_result(tmp_path / "bench.json") == make_result(LATENCIES)
+
+
+def test_the_committed_evidence_can_be_read() -> None:
+    assert read_result(Path(__file__).parents[2] / "docs" / "evidence" / "bench.json").baseline.name == "reference"
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '"x"'])

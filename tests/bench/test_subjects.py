@@ -7,7 +7,8 @@ import pytest
 from dpctl import cost
 from dpctl.bench import order, subjects
 from dpctl.errors import DpctlError
-from dpctl.recipe import BenchRecipe
+from dpctl.prune import prune
+from dpctl.recipe import BenchRecipe, PruneRecipe
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,15 @@ def test_a_model_without_manifest_is_counted(toy_pipeline: Path, toy_model: Any)
     assert model.macs == cost.macs(toy_model.unet).linear
     assert model.digest == toy_model.digest
     assert model.file_bytes > 4 * model.params
+    assert (model.widths, model.sensitivity) == ({}, None)
+
+
+def test_a_pruned_model_brings_its_widths_and_its_scan(toy_pipeline: Path, toy_images: Path, tmp_path: Path) -> None:
+    recipe = PruneRecipe("magnitude", ratio=0.5, sensitivity=True, data=str(toy_images))
+    stats = prune(str(toy_pipeline), tmp_path / "slim", recipe).stats
+    _, model = subjects.describe(BenchRecipe(baseline=str(toy_pipeline), candidates=(str(tmp_path / "slim"),)))
+    assert {name: list(pair) for name, pair in model.widths.items()} == stats["widths"]
+    assert model.sensitivity == stats["sensitivity"]
 
 
 def test_models_of_another_size_are_refused(toy_pipeline: Path, make_unet: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dpctl.bench.metrics import Figure
 from dpctl.bench.quality import save_samples
-from dpctl.bench.result import BenchResult, Memory, Model, Quality, Subject, Turn
+from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Memory, Model, Quality, Subject, Turn
 
 TRAINED = {"digest": "1" * 64, "source": "reference", "kind": "trained", "recipe": {"steps": 4000}}
 PRUNED = {"digest": "2" * 64, "source": "", "kind": "pruned", "recipe": {"criterion": "diff-pruning"}}
@@ -83,7 +83,7 @@ def make_result() -> Callable[..., BenchResult]:
         )
         environment = {"processor": "a processor", "libraries": {"torch": "2"}, "other_processes_busy_cores": 0.1}
         given: dict[str, Any] = {
-            "schema_version": 1, "created": "2026-01-02T03:04:05+00:00", "command": "dpctl run --out demo",
+            "schema_version": SCHEMA_VERSION, "created": "2026-01-02T03:04:05+00:00", "command": "dpctl run --out demo",
             "recipe": RECIPE, "threads": 2, "environment": environment,
             "features": {"about": "a small network; against 10 images", "real_images": 10},
             "models": models, "subjects": subjects, "quality": quality, "warnings": (),
