@@ -45,8 +45,11 @@ def prune(
     threshold: options.Threshold = PRUNE.threshold,
     reduction: options.Reduction = PRUNE.reduction,
     data: options.Data = PRUNE.data,
-    images: Annotated[int, typer.Option(help="Images that the gradients are taken on, at most.")] = PRUNE.images,
-    timesteps: Annotated[int, typer.Option(help="Timesteps that are looked at, evenly spaced.")] = PRUNE.timesteps,
+    images: options.Images = PRUNE.images,
+    batch_size: options.Batch = PRUNE.batch_size,
+    accumulation: options.Accumulation = PRUNE.accumulation,
+    timesteps: options.Timesteps = PRUNE.timesteps,
+    compensate: options.Compensate = PRUNE.compensate,
     align: Annotated[int, typer.Option(help="Every width is a multiple of this and of the norm groups.")] = PRUNE.align,
     layout: options.Layout = PRUNE.layout,
     scope: options.Scope = PRUNE.scope,
@@ -72,13 +75,16 @@ def prune(
         reduction=reduction,
         data=data,
         images=images,
+        batch_size=batch_size,
+        accumulation=accumulation,
         timesteps=timesteps,
+        compensate=compensate,
         align=align,
         layout=layout,
         scope=scope,
         floor=floor,
-        keep=_patterns(keep),
-        only=_patterns(only),
+        keep=options.patterns(keep),
+        only=options.patterns(only),
         heads=heads,
         norm_groups=norm_groups,
         sensitivity=sensitivity,
@@ -198,7 +204,7 @@ def export(
     json_: options.Json = False,
 ) -> None:
     """Export a model to ONNX and check it against torch; a breach of tolerance exits 3 and leaves nothing."""
-    bounds = _integers(batch, "--batch")
+    bounds = options.integers(batch, "--batch")
     if len(bounds) != 3:
         raise typer.BadParameter("give three numbers, e.g. 1,8,64", param_hint="--batch")
     from dpctl import inspect
@@ -250,9 +256,9 @@ def bench(
     recipe = BenchRecipe(
         baseline=baseline,
         candidates=tuple(candidates),
-        backends=_names(backend),
-        batch_sizes=_integers(batch_size, "--batch-size"),
-        num_inference_steps=_integers(num_inference_steps, "--num-inference-steps"),
+        backends=options.names(backend),
+        batch_sizes=options.integers(batch_size, "--batch-size"),
+        num_inference_steps=options.integers(num_inference_steps, "--num-inference-steps"),
         scheduler=scheduler,
         rounds=rounds,
         samples=samples,
@@ -355,27 +361,6 @@ def _console() -> Any:
 
     # A pipe has no width of its own: 80 columns would fold the tables of every log. No markup: a path may hold [a].
     return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Parse ``eager,ort``."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _patterns(text: str | None) -> tuple[str, ...]:
-    """Parse ``mid_block.*,conv_in``; an empty one is kept, so that it is refused and does not count as not given."""
-    return () if text is None else tuple(pattern.strip() for pattern in text.split(","))
-
-
-def _integers(text: str, option: str) -> tuple[int, ...]:
-    """Parse ``1,8,64``; a mistake is a usage error (exit 2)."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of whole numbers like 1,8", param_hint=option) from None
-    if min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} holds a number below 1", param_hint=option)
-    return numbers
 
 
 def main() -> None:

@@ -66,3 +66,38 @@ Threshold = Annotated[
     float, typer.Option("--threshold", help="T of diff-pruning: timesteps with L_t / L_max > T count.")
 ]
 Reduction = Annotated[str, typer.Option("--reduction", help="sum-abs or abs-sum: how w * g is reduced over a channel.")]
+Images = Annotated[int, typer.Option("--images", help="Images that are scored on, with a noise and a timestep each.")]
+Batch = Annotated[int, typer.Option("--batch-size", help="Images in memory at a time.")]
+Accumulation = Annotated[int, typer.Option("--accumulation", help="Batches that make one gradient.")]
+Timesteps = Annotated[
+    int, typer.Option("--timesteps", help="Parts of the schedule, each of which counts or not as a whole.")
+]
+Compensate = Annotated[
+    bool | None,
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="Refit what is left to the unpruned activations; by default where there is data.",
+        show_default=False,
+    ),
+]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse ``eager,ort``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def patterns(text: str | None) -> tuple[str, ...]:
+    """Parse ``mid_block.*,conv_in``; an empty one is kept, so that it is refused and does not count as not given."""
+    return () if text is None else tuple(pattern.strip() for pattern in text.split(","))
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """Parse ``1,8,64``; a mistake is a usage error (exit 2)."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers like 1,8", param_hint=option) from None
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} holds a number below 1", param_hint=option)
+    return numbers

@@ -66,6 +66,10 @@ class PruneRecipe:
 
     * `weighting`: which timesteps count: those above the `threshold`, all (uniform), the early ones, or what the
       criterion has of its own (auto).
+    * `images`: how many are drawn to be scored on, with a noise and a timestep each; `accumulation` batches of
+      `batch_size` make one gradient. `timesteps` is the number of parts of the schedule that count or do not.
+    * `compensate`: refit what is left to the unpruned network's activations; None does where there is data (under a
+      criterion that needs it, or with `data` of the user's own).
     * `layout`: free lets every width differ; stock gives one width per level, and a plain diffusers class.
     * `scope`: local (one ratio for every group), global (one ranking over the network, of which each group keeps the
       fraction `floor`) or auto: global for a target under a criterion whose scores compare between groups, else local.
@@ -84,8 +88,11 @@ class PruneRecipe:
     threshold: float = 0.05
     reduction: str = "sum-abs"
     data: str = "reference"
-    images: int = 64
+    images: int = 512
+    batch_size: int = 16
+    accumulation: int = 1
     timesteps: int = 50
+    compensate: bool | None = None
     align: int = 8
     layout: str = "free"
     scope: str = "auto"

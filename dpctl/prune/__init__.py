@@ -9,12 +9,13 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.check import CRITERIA, check
-from dpctl.prune.plan import Network, PruningPlan, check_finite, select, uniform, widths_for_target
-from dpctl.prune.unpruned import earlier_cuts, refer, unpruned_costs, unpruned_widths
+from dpctl.prune.plan import PruningPlan
+from dpctl.prune.target import goal_of, plan_for, trace
+from dpctl.prune.unpruned import earlier_cuts, unpruned_costs, unpruned_widths
 from dpctl.recipe import PruneRecipe, to_dict
-from dpctl.signature import sample_size
 
 KEPT = "kept.safetensors"
+UNSCORED, UNFITTED = "use --criterion magnitude or random", "use --no-compensate"
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def scan(model: str, data: str, *, bar: progress.Bar = progress.no_bar) -> dict[
 
 def _scan(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, Any]:
     from dpctl.prune import sensitivity
+    from dpctl.prune.probe import open_images
 
-    images = _open_data(
-        source.unet, recipe, "the sensitivity of this model cannot be scanned", "leave --sensitivity out"
-    )
+    failed = "the sensitivity of this model cannot be scanned"
+    images = open_images(source.unet, recipe, failed, "leave --sensitivity out")
     found = sensitivity.scan(source.unet, source.scheduler, images, align=recipe.align, seed=recipe.seed, bar=bar)
     return {"model": source.digest} | found
 
@@ -89,28 +90,31 @@ def prune_unet(
     Without `weights` nothing is cut: the slim network is on the meta device, and everything told of it is true.
     """
     from dpctl.prune.attached import require_plain
+    from dpctl.prune.compensate import compensates, make_up
     from dpctl.prune.importance import Scoring
+    from dpctl.prune.probe import open_images
     from dpctl.prune.surgery import kept_indices, outline, regrouped, slim
 
     require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
-    groups, network, levels = _traced(source, recipe)
+    groups, network, levels = trace(source, recipe)
     images = None
     if criterion.NEEDS_DATA:
-        failed = f"the criterion {recipe.criterion} cannot score this model"
-        images = _open_data(source.unet, recipe, failed, "use --criterion magnitude or random")
-    with bar("score", 2 * recipe.timesteps if images is not None else 1) as advance:
-        scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, advance)
-        scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
-    plan, stock = _plan(source, network, scores, recipe, criterion.COMPARABLE, levels)
+        images = open_images(source.unet, recipe, f"the criterion {recipe.criterion} cannot score this model", UNSCORED)
+    scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, bar)
+    scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
+    plan, stock = plan_for(source, network, scores, recipe, criterion.COMPARABLE, levels)
     kept = kept_indices(source.unet, groups, plan)
     small = (slim if weights else outline)(source.unet, kept, stock, groups.whole)
-    named = {
+    stats = _stats(source, small, network, plan, recipe) | {
         "left_alone": groups.left_alone,
         "in_parts": groups.in_parts,
         "regrouped_norms": regrouped(source.unet, small, kept),
     }
-    return Pruned(small, plan, kept, _stats(source, small, network, plan, recipe) | named)
+    if weights and compensates(recipe, criterion.NEEDS_DATA):
+        images = images or open_images(source.unet, recipe, "the cut of this model cannot be compensated", UNFITTED)
+        stats["compensation"] = make_up(source.unet, small, kept, source.scheduler, images, recipe, bar)
+    return Pruned(small, plan, kept, stats)
 
 
 def would_cut(model: str, recipe: PruneRecipe) -> bool:
@@ -123,113 +127,13 @@ def would_cut(model: str, recipe: PruneRecipe) -> bool:
     check(recipe)
     source = load_model(model)
     comparable = registry.load(CRITERIA, recipe.criterion, "criterion").COMPARABLE
-    _, network, levels = _traced(source, recipe)
+    _, network, levels = trace(source, recipe)
     alike = {span.name: [1.0] * span.width for span in network.spans}
     priced = network if levels is None else tied(network, alike, levels)[0]
-    goal = _goal(priced, recipe, unpruned_costs(source))
+    goal = goal_of(priced, recipe, unpruned_costs(source))
     if goal is not None and priced.cost(goal[0], priced.full()) <= goal[1]:
         return False
-    return _plan(source, network, alike, recipe, comparable, levels)[0].widths() != network.full()
-
-
-def _traced(source: Model, recipe: PruneRecipe) -> tuple[Any, Any, Any]:
-    """Return the groups that may be cut, what planning knows of them and, in the layout `stock`, the levels."""
-    from dpctl.prune.groups import find_groups, restrict
-    from dpctl.prune.layout import find_levels
-    from dpctl.prune.network import describe
-
-    # The stock class has no other head width.
-    whole_heads = recipe.heads or recipe.layout == "stock"
-    found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups)
-    groups = restrict(found, recipe.keep, recipe.only)
-    levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
-    network = describe(source.unet, groups)
-    return groups, refer(network, source) if recipe.fractions_of == "unpruned" else network, levels
-
-
-def _plan(
-    source: Model, network: Any, scores: dict[str, list[float]], recipe: PruneRecipe, comparable: bool, levels: Any
-) -> tuple[PruningPlan, dict[str, Any] | None]:
-    """Return the plan and, in the layout `stock`, the config of the result."""
-    unpruned = unpruned_costs(source)
-    check_finite(network, scores)
-    if levels is None:
-        return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
-    from dpctl.prune.layout import search, tied
-
-    small, shared = tied(network, scores, levels)
-    # A ratio allows what its own plan costs; which widths the class can have is another matter.
-    measure = "params" if recipe.target_params is not None else "macs"
-    budget = _budget(recipe, unpruned, measure) or small.cost(
-        measure, _widths(small, shared, recipe, unpruned, comparable)
-    )
-    chosen = search(
-        small,
-        shared,
-        measure,
-        budget,
-        recipe.align,
-        lambda found: levels.expresses(source.unet, found),
-        unpruned=unpruned[measure],
-    )
-    return select(network, scores, levels.group_widths(chosen)), levels.stock_config(chosen)
-
-
-def _widths(
-    network: Any,
-    scores: dict[str, list[float]],
-    recipe: PruneRecipe,
-    unpruned: dict[str, int],
-    comparable: bool,
-) -> dict[str, int]:
-    goal = _goal(network, recipe, unpruned)
-    if goal is None:
-        return uniform(network, recipe.ratio or 0.0, recipe.align)
-    measure, budget = goal
-    whole = sum(span.whole for span in network.spans) if measure == "channels" else unpruned[measure]
-    automatic = "global" if comparable else "local"
-    scope = automatic if recipe.scope == "auto" else recipe.scope
-    return widths_for_target(
-        network,
-        scores,
-        measure,
-        budget,
-        recipe.align,
-        scope=scope,
-        comparable=comparable,
-        floor=recipe.floor,
-        unpruned=whole,
-    )
-
-
-def _goal(network: Network, recipe: PruneRecipe, unpruned: dict[str, int]) -> tuple[str, float] | None:
-    """Return what is to be met, as a measure and its budget; None where every group loses the same ratio."""
-    if recipe.ratio is not None:
-        whole = sum(span.whole for span in network.spans)
-        return ("channels", (1.0 - recipe.ratio) * whole) if recipe.scope == "global" else None
-    measure = "macs" if recipe.target_macs is not None else "params"
-    return measure, _budget(recipe, unpruned, measure)
-
-
-def _budget(recipe: PruneRecipe, unpruned: dict[str, int], measure: str) -> float:
-    """Return what a MACs or parameter target allows; nothing where the target is a ratio."""
-    return float(getattr(recipe, f"target_{measure}") or 0.0) * unpruned[measure]
-
-
-def _open_data(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
-    from dpctl.data import open_data, require_pixels
-    from dpctl.diffusion import require_image_to_image
-
-    try:
-        require_image_to_image(unet.config)
-        require_pixels(unet.config.in_channels)
-    except DpctlError as problem:
-        raise DpctlError(
-            failed,
-            f"{problem.failed}: {problem.got}",
-            f"{todo}: images alone do not give the loss of such a model",
-        ) from None
-    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
+    return plan_for(source, network, alike, recipe, comparable, levels)[0].widths() != network.full()
 
 
 def _stats(source: Model, small: Any, network: Any, plan: PruningPlan, recipe: PruneRecipe) -> dict[str, Any]:

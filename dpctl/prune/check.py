@@ -90,9 +90,7 @@ def _check_numbers(recipe: PruneRecipe) -> None:
         )
     if not 0.0 <= recipe.floor < 1.0:
         raise DpctlError("--floor is outside [0, 1)", f"{recipe.floor:g}", "give the fraction that each group keeps")
-    if min(recipe.align, recipe.images, recipe.timesteps) < 1:
-        raise DpctlError(
-            "a count is below 1",
-            f"align {recipe.align}, images {recipe.images}, timesteps {recipe.timesteps}",
-            "give 1 or more",
-        )
+    counts = {name: getattr(recipe, name) for name in ("align", "images", "batch_size", "accumulation", "timesteps")}
+    if min(counts.values()) < 1:
+        got = ", ".join(f"{name} {value}" for name, value in counts.items())
+        raise DpctlError("a count is below 1", got, "give 1 or more")

@@ -1,9 +1,14 @@
-"""Denoising gradients over timesteps, and which timesteps count (paper, section 4.2).
+"""Gradients of the denoising loss at the timesteps that count (paper, section 4.2), a small batch at a time.
 
 The threshold follows the paper's definition: a timestep counts if L_t / L_max > T. (The reference code tests after
 `backward()`, so that the first timestep below the threshold still counts there; here it does not.)
+
+The reference code takes one batch with one noise through every timestep. Its gradients of neighbouring timesteps are
+nearly the same ones. Here every image has a noise and a timestep of its own, spread evenly over those that count: a
+few hundred of them give scores that agree with a full pass better than two full passes do (docs/pruning.md).
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +20,9 @@ from dpctl import progress
 from dpctl.data import Images
 from dpctl.diffusion import denoising_loss, noise_for, sample_generator
 from dpctl.errors import DpctlError
+
+# Images that the loss of each timestep is looked up on, to tell which timesteps count.
+LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,118 @@ class Weighting:
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Parameter name -> d(sum over active t of L_t)/d(parameter), and how the timesteps were chosen."""
+class Draws:
+    """How many images are drawn, and how many of them make one gradient: `accumulation` batches of `batch_size`.
 
-    by_name: dict[str, Tensor]
+    `timesteps` is the number of parts of the schedule that count, or do not, as a whole.
+    """
+
+    images: int
+    batch_size: int
+    accumulation: int
+    timesteps: int
+    weighting: Weighting
+    seed: int
+
+    def work(self, scheduler: Any) -> int:
+        """Return the number of images that pass through the network, for a progress bar."""
+        looked_at = LOOKED_AT * len(timestep_grid(scheduler, self.timesteps)) if self.weighting.threshold else 0
+        return self.images + looked_at
+
+
+@dataclass(frozen=True)
+class Active:
+    """The timesteps that count, as the first of each part of the schedule, and the losses that told (or none)."""
+
+    timesteps: tuple[int, ...]
     losses: dict[int, float]
-    active: tuple[int, ...]
+
+
+def each_gradient(
+    unet: Any,
+    scheduler: Any,
+    images: Images,
+    draws: Draws,
+    each: Callable[[], None],
+    advance: progress.Advance = progress.silent,
+) -> Active:
+    """Call `each` after every gradient of the denoising loss, which lies in `.grad` then and is cleared after.
+
+    Image i of a seed has its noise and its timestep whatever the batch size. No graph is kept from one batch to the
+    next: the memory is that of one training step. Raises a DpctlError where a loss or a gradient is not finite.
+    """
+    active = find_active(unet, scheduler, images, draws, advance)
+    order, timesteps = draw(images, scheduler, active, draws)
+    device = next(unet.parameters()).device
+    unet.requires_grad_(True).zero_grad(set_to_none=True)
+    try:
+        for group in _portions(range(len(order)), draws.batch_size * draws.accumulation):
+            for batch in _split(group, draws.batch_size):
+                clean = images.batch([order[i] for i in batch]).to(device)
+                noise = noise_for(draws.seed, batch, clean.shape[1:], "score-noise").to(device)
+                losses = denoising_loss(unet, scheduler, clean, noise, timesteps[list(batch)].to(device))
+                (losses.sum() / len(group)).backward()
+                advance(len(batch))
+            found = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+            require_finite(found, f"images {group[0]} to {group[-1]} of the draw")
+            each()
+            unet.zero_grad(set_to_none=True)
+    finally:
+        unet.zero_grad(set_to_none=True)
+    return active
+
+
+def find_active(
+    unet: Any, scheduler: Any, images: Images, draws: Draws, advance: progress.Advance = progress.silent
+) -> Active:
+    """Return the timesteps that count; a threshold takes a forward pass over the schedule."""
+    grid = timestep_grid(scheduler, draws.timesteps)
+    losses = dict.fromkeys(grid, 1.0)  # alike, as long as nobody asks
+    if draws.weighting.threshold:
+        order = _order(images, LOOKED_AT, draws.seed, "score-losses")
+        device = next(unet.parameters()).device
+        clean = images.batch(order).to(device)
+        noise = noise_for(draws.seed, range(len(order)), clean.shape[1:], "score-losses").to(device)
+        for t in grid:
+            timesteps = torch.full((len(order),), t, dtype=torch.long, device=device)
+            with torch.no_grad():
+                batches = (tensor.split(draws.batch_size) for tensor in (clean, noise, timesteps))
+                parts = [denoising_loss(unet, scheduler, *batch) for batch in zip(*batches, strict=True)]
+            losses[t] = float(torch.cat(parts).mean())
+            advance(len(order))
+    active = draws.weighting.active(losses, int(scheduler.config.num_train_timesteps))
+    return Active(active, losses if draws.weighting.threshold else {})
+
+
+def draw(images: Images, scheduler: Any, active: Active, draws: Draws) -> tuple[list[int], Tensor]:
+    """Return the image and the timestep of every draw: the timesteps evenly over those that count, in random order."""
+    total = int(scheduler.config.num_train_timesteps)
+    grid = [*timestep_grid(scheduler, draws.timesteps), total]
+    ends = dict(itertools.pairwise(grid))
+    counted = torch.cat([torch.arange(t, ends[t]) for t in active.timesteps])
+    generator = sample_generator(draws.seed, 0, "score-timesteps")
+    places = (torch.arange(draws.images) + torch.rand(draws.images, generator=generator)) / draws.images
+    chosen = counted[(places * len(counted)).long().clamp(max=len(counted) - 1)]
+    return (
+        _order(images, draws.images, draws.seed, "score-images"),
+        chosen[torch.randperm(draws.images, generator=generator)],
+    )
+
+
+def _order(images: Images, count: int, seed: int, stream: str) -> list[int]:
+    """Return `count` images in random order; where there are fewer they come again, with other noise."""
+    order: list[int] = torch.randperm(len(images), generator=sample_generator(seed, 0, stream)).tolist()
+    return [order[i % len(order)] for i in range(count)]
+
+
+def _portions(whole: range, size: int) -> list[range]:
+    """Return as few equal parts as there can be of at most `size` (lengths differ by one at most)."""
+    parts = -(-len(whole) // size)
+    return [whole[i * len(whole) // parts : (i + 1) * len(whole) // parts] for i in range(parts)]
+
+
+def _split(whole: range, size: int) -> list[range]:
+    return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
 def timestep_grid(scheduler: Any, count: int) -> list[int]:
@@ -58,53 +172,6 @@ def active_timesteps(losses: dict[int, float], threshold: float) -> tuple[int, .
     return tuple(t for t, loss in losses.items() if loss > threshold * largest)
 
 
-def accumulate(
-    unet: Any,
-    scheduler: Any,
-    images: Images,
-    *,
-    count: int,
-    timesteps: int,
-    weighting: Weighting,
-    seed: int,
-    each: Callable[[], None] | None = None,
-    advance: progress.Advance = progress.silent,
-) -> Gradients:
-    """Return the gradients of the denoising loss, summed over the timesteps that matter.
-
-    One batch of `count` images with one fixed noise serves all timesteps, as in the reference code; `timesteps` of
-    them are looked at. No graph is kept over timesteps, so the memory is that of one training step. With `each`, the
-    gradients are not summed: it is called after every timestep's, which lie in `.grad` and are then cleared.
-    """
-    order = torch.randperm(len(images), generator=sample_generator(seed, 0, "score-images"))[:count].tolist()
-    device = next(unet.parameters()).device
-    clean = images.batch(order).to(device)
-    noise = noise_for(seed, order, clean.shape[1:], "score-noise").to(device)
-
-    # Which timesteps matter: a forward pass over the grid.
-    losses: dict[int, float] = {}
-    grid = timestep_grid(scheduler, timesteps)
-    for t in grid:
-        with torch.no_grad():
-            losses[t] = float(_loss_at(unet, scheduler, clean, noise, t))
-        advance(1)
-
-    # Their gradients: autograd adds up in .grad, one timestep's graph at a time.
-    active = weighting.active(losses, int(scheduler.config.num_train_timesteps))
-    unet.requires_grad_(True).zero_grad(set_to_none=True)
-    for t in grid:
-        if t in active:
-            _loss_at(unet, scheduler, clean, noise, t).backward()
-            require_finite({name: p.grad for name, p in unet.named_parameters() if p.grad is not None}, f"timestep {t}")
-            if each is not None:
-                each()
-                unet.zero_grad(set_to_none=True)
-        advance(1)
-    gradients = {name: p.grad.detach().clone() for name, p in unet.named_parameters() if p.grad is not None}
-    unet.zero_grad(set_to_none=True)
-    return Gradients(gradients, losses, active)
-
-
 def require_finite(gradients: Mapping[str, Tensor], where: str) -> None:
     """Raise a DpctlError that names the first gradient with NaN or Inf in it; `where` says which timestep or batch."""
     bad = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), None)
@@ -114,8 +181,3 @@ def require_finite(gradients: Mapping[str, Tensor], where: str) -> None:
             f"d(loss)/d({bad}) at {where}",
             "the weights are too large for a backward pass: check the model, or use --criterion magnitude or random",
         )
-
-
-def _loss_at(unet: Any, scheduler: Any, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    timesteps = torch.full((len(clean),), timestep, dtype=torch.long, device=clean.device)
-    return denoising_loss(unet, scheduler, clean, noise, timesteps).mean()

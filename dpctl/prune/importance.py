@@ -28,7 +28,7 @@ class Scoring:
     scheduler: Any
     images: Images | None
     recipe: PruneRecipe
-    advance: progress.Advance = progress.silent
+    bar: progress.Bar = progress.no_bar
 
 
 def slices(module: nn.Module, side: str) -> list[tuple[str, int]]:
@@ -66,21 +66,35 @@ def _member_scores(unet: Any, member: Member, values: Mapping[str, Tensor], redu
 
 
 def first_order(scoring: Scoring, weighting: str) -> Scores:
-    """Return the first-order Taylor importance |w * dL/dw| of each group's channels, L summed over active timesteps.
+    """Return the first-order Taylor importance |w * dL/dw| of each group's channels, a mean over gradients.
 
     `weighting` is the criterion's own, which the recipe may replace.
     """
-    summed = _gradients(scoring, weighting)
+    if scoring.recipe.reduction == "abs-sum":
+        return _over_gradients(scoring, weighting, torch.abs)
     weights = dict(scoring.unet.named_parameters())
-    products = {name: weights[name].detach() * gradient for name, gradient in summed.by_name.items()}
-    return {g.name: reduce_over(scoring.unet, g, products, scoring.recipe.reduction) for g in scoring.groups}
+    totals: dict[str, Tensor] = {}
+
+    def add() -> None:
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                totals[name] = totals[name] + weight.grad.abs() if name in totals else weight.grad.abs()
+
+    _gradients(scoring, weighting, add)
+    products = {name: weights[name].detach() * total for name, total in totals.items()}
+    return {g.name: reduce_over(scoring.unet, g, products, "sum-abs") for g in scoring.groups}
 
 
 def second_order(scoring: Scoring, weighting: str) -> Scores:
-    """Return the sum over active timesteps of (sum of w * dL_t/dw)^2, layer by layer of each group's channels.
+    """Return the sum over gradients of (sum of w * dL/dw)^2, layer by layer of each group's channels.
 
     That is the empirical Fisher information of a mask over the channel, the curvature of the loss where it is small.
     """
+    return _over_gradients(scoring, weighting, torch.square)
+
+
+def _over_gradients(scoring: Scoring, weighting: str, of: Callable[[Tensor], Tensor]) -> Scores:
+    """Return the sum over gradients and over a group's layers of `of`(sum of w * dL/dw over a channel's weights)."""
     weights = dict(scoring.unet.named_parameters())
     scores = {group.name: torch.zeros(group.width, dtype=torch.float64) for group in scoring.groups}
 
@@ -88,14 +102,14 @@ def second_order(scoring: Scoring, weighting: str) -> Scores:
         products = {name: w.detach() * w.grad for name, w in weights.items() if w.grad is not None}
         for group in scoring.groups:
             for member in group.members:
-                found = _member_scores(scoring.unet, member, products, "abs-sum").square()
+                found = of(_member_scores(scoring.unet, member, products, "abs-sum"))
                 scores[group.name].index_add_(0, torch.tensor(member.channel), found)
 
-    _gradients(scoring, weighting, each=add)
+    _gradients(scoring, weighting, add)
     return scores
 
 
-def _gradients(scoring: Scoring, weighting: str, each: Callable[[], None] | None = None) -> gradients.Gradients:
+def _gradients(scoring: Scoring, weighting: str, each: Callable[[], None]) -> gradients.Active:
     recipe = scoring.recipe
     if scoring.images is None:
         raise DpctlError("the criterion needs data", recipe.criterion, "give --data, or use magnitude or random")
@@ -103,14 +117,8 @@ def _gradients(scoring: Scoring, weighting: str, each: Callable[[], None] | None
     chosen = gradients.Weighting(
         threshold=recipe.threshold if name == "threshold" else 0.0, early=EARLY if name == "early" else 1.0
     )
-    return gradients.accumulate(
-        scoring.unet,
-        scoring.scheduler,
-        scoring.images,
-        count=recipe.images,
-        timesteps=recipe.timesteps,
-        weighting=chosen,
-        seed=recipe.seed,
-        each=each,
-        advance=scoring.advance,
+    draws = gradients.Draws(
+        recipe.images, recipe.batch_size, recipe.accumulation, recipe.timesteps, chosen, recipe.seed
     )
+    with scoring.bar("score", draws.work(scoring.scheduler)) as advance:
+        return gradients.each_gradient(scoring.unet, scoring.scheduler, scoring.images, draws, each, advance)

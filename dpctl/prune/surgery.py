@@ -50,13 +50,12 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: Coll
     for key, index in kept.items():
         name, _, side = key.rpartition(".")
         for parameter, dimension in slices(unet.get_submodule(name), side):
-            whole = f"{name}.{parameter}"
-            state[whole] = state[whole].index_select(dimension, index.to(state[whole].device))
+            full = f"{name}.{parameter}"
+            state[full] = state[full].index_select(dimension, index.to(state[full].device))
     for name, module in unet.named_modules():
-        if name.endswith(".to_q"):
-            factor = (head_width(small, name) / head_width(unet, name)) ** 0.5
-            for parameter, _ in module.named_parameters() if factor != 1.0 else ():
-                state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
+        factor = temperature(unet, small, name)
+        for parameter, _ in module.named_parameters() if factor != 1.0 else ():
+            state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
     small.load_state_dict(state)
     small.to(next(unet.parameters()).device).eval()
     _ensure_forward(small, unet)
@@ -67,6 +66,11 @@ def outline(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: C
     """Return what `slim` returns, on the meta device: its class, config and shapes."""
     with torch.device("meta"):
         return (build_unet(stock) if stock is not None else _free(unet, kept, whole)).eval()
+
+
+def temperature(unet: Any, small: Any, name: str) -> float:
+    """Return the factor on the layer `name`: 1 but for to_q, whose attention divides by the root of the head width."""
+    return (head_width(small, name) / head_width(unet, name)) ** 0.5 if name.endswith(".to_q") else 1.0
 
 
 def head_width(unet: Any, to_q: str) -> float:

@@ -8,5 +8,5 @@ READS = ("weighting", "threshold", "reduction")
 
 
 def score(scoring: Scoring) -> Scores:
-    """Return |w * dL/dw|, L the denoising loss summed over the timesteps above the recipe's threshold."""
+    """Return |w * dL/dw|, L the denoising loss over the timesteps above the recipe's threshold."""
     return first_order(scoring, weighting="threshold")

@@ -1,6 +1,6 @@
 """Group Fisher (Liu et al., ICML 2021): second order, the squared gradient of a mask over each channel.
 
-One timestep's batch is one sample of the gradient.
+One small batch over the timesteps is one sample of the gradient.
 """
 
 from dpctl.prune.importance import Scores, Scoring, second_order
@@ -11,5 +11,5 @@ READS = ("weighting",)
 
 
 def score(scoring: Scoring) -> Scores:
-    """Return the sum over timesteps of (sum of w * dL_t/dw)^2."""
+    """Return the sum over batches of (sum of w * dL/dw)^2."""
     return second_order(scoring, weighting="uniform")

@@ -8,5 +8,5 @@ READS = ("weighting", "reduction")
 
 
 def score(scoring: Scoring) -> Scores:
-    """Return |w * dL/dw|, L the denoising loss summed over the whole timestep grid."""
+    """Return |w * dL/dw|, L the denoising loss over the whole schedule."""
     return first_order(scoring, weighting="uniform")
