@@ -65,31 +65,7 @@ def prune(
     json_: options.Json = False,
 ) -> None:
     """Cut channels out of a model's UNet; the result loads in stock diffusers."""
-    recipe = PruneRecipe(
-        criterion=criterion,
-        ratio=ratio,
-        target_macs=target_macs,
-        target_params=target_params,
-        weighting=weighting,
-        threshold=threshold,
-        reduction=reduction,
-        data=data,
-        images=images,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        timesteps=timesteps,
-        compensate=compensate,
-        align=align,
-        layout=layout,
-        scope=scope,
-        floor=floor,
-        keep=options.patterns(keep),
-        only=options.patterns(only),
-        heads=heads,
-        norm_groups=norm_groups,
-        sensitivity=sensitivity,
-        seed=seed,
-    )
+    recipe = options.recipe(PruneRecipe, locals(), keep=options.patterns(keep), only=options.patterns(only))
     from dpctl import prune as pruning
 
     if dry_run:
@@ -128,19 +104,7 @@ def finetune(
     json_: options.Json = False,
 ) -> None:
     """Recover a pruned model's quality: denoising loss and distillation from the unpruned teacher."""
-    recipe = FinetuneRecipe(
-        data=data,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        ema_decay=ema_decay,
-        mixed_precision=mixed_precision,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-        teacher=teacher,
-        distillation=distillation,
-        from_scratch=from_scratch,
-    )
+    recipe = options.recipe(FinetuneRecipe, locals())
     from dpctl import finetune as finetuning
 
     if dry_run:
@@ -171,17 +135,7 @@ def train(
     json_: options.Json = False,
 ) -> None:
     """Train a UNet from random weights."""
-    recipe = TrainRecipe(
-        data=data,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        ema_decay=ema_decay,
-        mixed_precision=mixed_precision,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-        config=config,
-    )
+    recipe = options.recipe(TrainRecipe, locals())
     from dpctl import finetune as finetuning
 
     if dry_run:

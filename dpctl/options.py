@@ -1,9 +1,12 @@
 """The options that several commands share, as Typer sees them: a name, a type and a line of help each."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+R = TypeVar("R")
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A model directory, a Hub id, or the word reference.", show_default=False)
@@ -101,3 +104,9 @@ def integers(text: str, option: str) -> tuple[int, ...]:
     if min(numbers) < 1:
         raise typer.BadParameter(f"{text!r} holds a number below 1", param_hint=option)
     return numbers
+
+
+def recipe(kind: type[R], given: dict[str, Any], **parsed: Any) -> R:
+    """Build a recipe from a command's options, which have the names of its entries; `parsed` ones take precedence."""
+    entries = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in (given | parsed).items() if name in entries})
