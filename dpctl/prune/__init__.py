@@ -111,7 +111,7 @@ def prune_unet(
         "in_parts": groups.in_parts,
         "regrouped_norms": regrouped(source.unet, small, kept),
     }
-    if weights and compensates(recipe, criterion.NEEDS_DATA):
+    if weights and compensates(recipe, criterion.NEEDS_DATA, source.unet.config):
         images = images or open_images(source.unet, recipe, "the cut of this model cannot be compensated", UNFITTED)
         stats["compensation"] = make_up(source.unet, small, kept, source.scheduler, images, recipe, bar)
     return Pruned(small, plan, kept, stats)

@@ -18,7 +18,7 @@ from dpctl import progress
 from dpctl.cost import positions
 from dpctl.data import Images
 from dpctl.diffusion import noise_for, sample_generator
-from dpctl.prune.probe import open_probe
+from dpctl.prune.probe import open_probe, takes_images
 from dpctl.prune.surgery import Kept, temperature
 from dpctl.recipe import PruneRecipe
 from dpctl.signature import unet_arguments
@@ -46,9 +46,11 @@ class Fit:
     after: float
 
 
-def compensates(recipe: PruneRecipe, has_data: bool) -> bool:
-    """Tell whether a recipe asks for compensation; unasked it is done where there is data, read anyway or given."""
-    return (has_data or recipe.data != PruneRecipe.data) if recipe.compensate is None else recipe.compensate
+def compensates(recipe: PruneRecipe, has_data: bool, config: Any) -> bool:
+    """Tell whether to compensate: as the recipe says, else where there is data, read anyway or given, that fits."""
+    if recipe.compensate is not None:
+        return recipe.compensate
+    return has_data or (recipe.data != PruneRecipe.data and takes_images(config))
 
 
 def make_up(

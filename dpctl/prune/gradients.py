@@ -9,7 +9,7 @@ few hundred of them give scores that agree with a full pass better than two full
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ def each_gradient(
                 clean = images.batch([order[i] for i in batch]).to(device)
                 noise = noise_for(draws.seed, batch, clean.shape[1:], "score-noise").to(device)
                 losses = denoising_loss(unet, scheduler, clean, noise, timesteps[list(batch)].to(device))
+                _require_losses(timesteps[list(batch)].tolist(), losses.tolist())
                 (losses.sum() / len(group)).backward()
                 advance(len(batch))
             found = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
@@ -161,15 +162,19 @@ def timestep_grid(scheduler: Any, count: int) -> list[int]:
 
 def active_timesteps(losses: dict[int, float], threshold: float) -> tuple[int, ...]:
     """Return the timesteps with L_t / L_max > T. Raises a DpctlError where a loss is not finite."""
-    bad = [t for t, loss in losses.items() if not 0 <= loss < float("inf")]
-    if bad:
-        raise DpctlError(
-            "the denoising loss is not finite",
-            f"timestep {bad[0]}",
-            "the weights hold NaN or Inf, or are too large: check the model",
-        )
+    _require_losses(list(losses), list(losses.values()))
     largest = max(losses.values())
     return tuple(t for t, loss in losses.items() if loss > threshold * largest)
+
+
+def _require_losses(timesteps: Sequence[int], losses: Sequence[float]) -> None:
+    bad = next((t for t, loss in zip(timesteps, losses, strict=True) if not 0 <= loss < float("inf")), None)
+    if bad is not None:
+        raise DpctlError(
+            "the denoising loss is not finite",
+            f"{dict(zip(timesteps, losses, strict=True))[bad]} at timestep {bad}",
+            "the weights hold NaN or Inf, or are too large: check the model",
+        )
 
 
 def require_finite(gradients: Mapping[str, Tensor], where: str) -> None:

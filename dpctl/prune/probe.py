@@ -14,6 +14,16 @@ from dpctl.recipe import PruneRecipe
 from dpctl.signature import sample_size
 
 
+def takes_images(config: Any) -> bool:
+    """Tell whether images alone give the loss of a network."""
+    try:
+        require_image_to_image(config)
+        require_pixels(config.in_channels)
+    except DpctlError:
+        return False
+    return True
+
+
 def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
     """Open the recipe's data for a network; a DpctlError says that it `failed` where images alone give no loss."""
     try:

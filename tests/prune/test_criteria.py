@@ -13,7 +13,7 @@ from dpctl import registry
 from dpctl.data import open_data
 from dpctl.errors import DpctlError
 from dpctl.prune import CRITERIA
-from dpctl.prune.gradients import Weighting, accumulate
+from dpctl.prune.gradients import Draws, Weighting, each_gradient
 from dpctl.prune.groups import ChannelGroup, Member, find_groups
 from dpctl.prune.importance import Scores, Scoring, reduce_over, slices
 from dpctl.recipe import PruneRecipe
@@ -21,7 +21,7 @@ from dpctl.recipe import PruneRecipe
 NAMES = registry.names(CRITERIA)
 LOOKING = [name for name in NAMES if name != "random"]
 NARROW = 0.97  # an untrained network's losses hardly fall with t: this leaves out some timesteps
-RECIPE = PruneRecipe(ratio=0.5, images=4, timesteps=4, threshold=NARROW)
+RECIPE = PruneRecipe(ratio=0.5, images=8, batch_size=4, timesteps=4, threshold=NARROW)
 
 
 @pytest.fixture
@@ -207,12 +207,12 @@ def test_the_weighting_is_the_recipes_where_it_says_one(scoring: Scoring) -> Non
     assert same(score("diff-pruning", scoring, weighting="uniform"), score("taylor", scoring))
     early = score("taylor", scoring, weighting="early")
     assert not same(early, score("taylor", scoring))
-    # Of four timesteps of a hundred, 0 and 25 are early.
+    # Of four parts of a hundred timesteps, those from 0 and from 25 are early.
     assert same(early, score("diff-pruning", scoring, weighting="early"))
 
 
-def test_fisher_adds_up_squares_of_timesteps_and_layers(scoring: Scoring) -> None:
-    """Written out for one group: of each timestep and each layer, the square of a channel's sum of w * dL_t/dw."""
+def test_fisher_adds_up_squares_of_batches_and_layers(scoring: Scoring) -> None:
+    """Written out for one group: of each batch and each layer, the square of a channel's sum of w * dL/dw."""
     name = "mid_block.resnets.0.conv1"
     found = score("fisher", scoring)
     group = next(group for group in scoring.groups if group.name == name)
@@ -231,14 +231,6 @@ def test_fisher_adds_up_squares_of_timesteps_and_layers(scoring: Scoring) -> Non
                 mask += product.movedim(dimension, 0).flatten(1).sum(1) if product.ndim > 1 else product
             expected.add_(mask.square())
 
-    accumulate(
-        unet,
-        scoring.scheduler,
-        images,
-        count=recipe.images,
-        timesteps=recipe.timesteps,
-        weighting=Weighting(),
-        seed=recipe.seed,
-        each=add,
-    )
+    draws = Draws(recipe.images, recipe.batch_size, 1, recipe.timesteps, Weighting(), recipe.seed)
+    each_gradient(unet, scoring.scheduler, images, draws, add)
     torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=0.0)

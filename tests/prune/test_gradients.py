@@ -1,5 +1,6 @@
 """The gradients behind Taylor and Diff-Pruning scores: over which timesteps, of what, and always the same."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,13 @@ from dpctl.data import Images, open_data
 from dpctl.diffusion import noise_for, sample_generator
 from dpctl.errors import DpctlError
 from dpctl.prune.gradients import (
-    Gradients,
+    Active,
+    Draws,
     Weighting,
-    accumulate,
     active_timesteps,
+    draw,
+    each_gradient,
+    find_active,
     require_finite,
     timestep_grid,
 )
@@ -31,10 +35,21 @@ def images(toy_images: Path) -> Images:
     return open_data(str(toy_images), channels=1, size=(8, 8))
 
 
-def run(model: Any, images: Images, **changed: Any) -> Gradients:
-    wanted: dict[str, Any] = {"count": 4, "timesteps": 5, "threshold": 0.0, "early": 1.0, "seed": 0} | changed
-    wanted["weighting"] = Weighting(wanted.pop("threshold"), wanted.pop("early"))
-    return accumulate(model.unet, model.scheduler, images, **wanted)
+def wish(**changed: Any) -> Draws:
+    wanted: dict[str, Any] = {"images": 8, "batch_size": 4, "accumulation": 1, "timesteps": 5, "seed": 0} | changed
+    weighting = Weighting(wanted.pop("threshold", 0.0), wanted.pop("early", 1.0))
+    return Draws(weighting=weighting, **wanted)
+
+
+def run(model: Any, data: Images, **changed: Any) -> tuple[Active, list[dict[str, torch.Tensor]]]:
+    """Return the timesteps that counted and every gradient."""
+    advance = changed.pop("advance", lambda steps=1, **_: None)
+    found: list[dict[str, torch.Tensor]] = []
+
+    def look() -> None:
+        found.append({n: p.grad.clone() for n, p in model.unet.named_parameters() if p.grad is not None})
+
+    return each_gradient(model.unet, model.scheduler, data, wish(**changed), look, advance), found
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -103,68 +118,122 @@ def test_the_grid_is_even_over_the_whole_schedule(count: int, total: int) -> Non
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.97])
-def test_the_gradient_is_that_of_the_summed_loss(toy_model: Any, images: Images, threshold: float) -> None:
-    """DDPM equation 14 written out, one graph for all timesteps, and autograd once."""
-    found = run(toy_model, images, threshold=threshold)
-    chosen = torch.randperm(48, generator=sample_generator(0, 0, "score-images"))[:4].tolist()
-    clean, noise = images.batch(chosen), noise_for(0, chosen, (1, 8, 8), "score-noise")
-    alphas = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 100), 0)
-    losses = {}
-    for t in (0, 20, 40, 60, 80):
-        noisy = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * noise
-        losses[t] = (toy_model.unet(noisy, torch.full((4,), t)).sample - noise).square().mean()
-    active = [t for t in losses if losses[t] / max(losses.values()) > threshold]
-    assert found.active == tuple(active)
-    assert found.losses == pytest.approx({t: loss.item() for t, loss in losses.items()}, rel=1e-5)
+def test_a_gradient_is_that_of_its_images_losses(toy_model: Any, images: Images, threshold: float) -> None:
+    """DDPM equation 14 written out, each image at a timestep of its own, and autograd once a batch."""
+    active, found = run(toy_model, images, threshold=threshold)
+    order, timesteps = draw(images, toy_model.scheduler, active, wish(threshold=threshold))
+    assert order == torch.randperm(48, generator=sample_generator(0, 0, "score-images"))[:8].tolist()
+    clean, noise = images.batch(order), noise_for(0, range(8), (1, 8, 8), "score-noise")
+    alphas = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 100), 0)[timesteps][:, None, None, None]
+    noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
 
     names, parameters = zip(*toy_model.unet.named_parameters(), strict=True)
-    expected = torch.autograd.grad(sum(losses[t] for t in active), parameters)
-    assert set(found.by_name) == set(names)
-    for name, gradient in zip(names, expected, strict=True):
-        torch.testing.assert_close(found.by_name[name], gradient, rtol=1e-3, atol=1e-5)
+    assert len(found) == 2
+    for batch, gradients in zip((slice(0, 4), slice(4, 8)), found, strict=True):
+        loss = (toy_model.unet(noisy[batch], timesteps[batch]).sample - noise[batch]).square().mean()
+        assert set(gradients) == set(names)
+        for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 4, "accumulation": 2}, {"batch_size": 3, "accumulation": 3}])
+def test_accumulation_gives_the_gradient_of_one_large_batch(
+    toy_model: Any, images: Images, sizes: dict[str, int]
+) -> None:
+    _, (whole,) = run(toy_model, images, batch_size=8)
+    _, (added,) = run(toy_model, images, **sizes)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_batches_that_do_not_go_up_are_of_nearly_one_size(toy_model: Any, images: Images) -> None:
+    assert len(run(toy_model, images, images=10, batch_size=4)[1]) == 3  # 3 + 3 + 4
+    assert len(run(toy_model, images, images=10, batch_size=16)[1]) == 1
 
 
 def test_a_threshold_takes_some_of_the_timesteps(toy_model: Any, images: Images) -> None:
     # An untrained network's losses hardly fall with t: the threshold is high.
-    everything, some = run(toy_model, images), run(toy_model, images, threshold=0.97)
-    assert everything.active == (0, 20, 40, 60, 80)
-    assert 0 < len(some.active) < 5
-    assert everything.losses == some.losses
-    assert not same(everything.by_name, some.by_name)
+    everything, some = run(toy_model, images)[0], run(toy_model, images, threshold=0.97)[0]
+    assert everything.timesteps == (0, 20, 40, 60, 80)
+    assert everything.losses == {}  # nobody had to look
+    assert 0 < len(some.timesteps) < 5
+    assert set(some.losses) == set(everything.timesteps)
+    assert some.timesteps == active_timesteps(some.losses, 0.97)
+
+
+def test_losses_are_looked_up_with_the_same_images_and_noise_at_every_timestep(toy_model: Any, images: Images) -> None:
+    found = find_active(toy_model.unet, toy_model.scheduler, images, wish(threshold=0.5, batch_size=3)).losses
+    order = torch.randperm(48, generator=sample_generator(0, 0, "score-losses"))[:8].tolist()
+    clean, noise = images.batch(order), noise_for(0, range(8), (1, 8, 8), "score-losses")
+    for t, loss in found.items():
+        noisy = toy_model.scheduler.add_noise(clean, noise, torch.full((8,), t))
+        with torch.no_grad():
+            expected = (toy_model.unet(noisy, torch.full((8,), t)).sample - noise).square().mean()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@given(st.integers(1, 300), st.integers(1, 60), st.sets(st.integers(0, 59), min_size=1), st.integers(0, 5))
+def test_timesteps_are_spread_evenly_over_those_that_count(count: int, parts: int, chosen: set[int], seed: int) -> None:
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    grid = timestep_grid(scheduler, parts)
+    active = tuple(grid[i] for i in sorted({c % len(grid) for c in chosen}))
+    counted = [t for t in range(100) if max(g for g in grid if g <= t) in active]
+    order, timesteps = draw(range(7), scheduler, Active(active, {}), wish(images=count, timesteps=parts, seed=seed))  # type: ignore[arg-type]
+    assert set(timesteps.tolist()) <= set(counted)
+    assert len(order) == len(timesteps) == count
+    # One in each of `count` equal slices: no timestep is drawn more often than its share, up to the slices' borders.
+    most = max(timesteps.tolist().count(t) for t in counted)
+    assert most <= count / len(counted) + 2
+    # Fewer images than draws: each is taken again, as often as any other.
+    assert max(order.count(i) for i in range(7)) - min(order.count(i) for i in range(7)) <= 1
 
 
 def test_the_same_seed_gives_the_same_bits(toy_model: Any, images: Images) -> None:
-    one = run(toy_model, images)
+    one = run(toy_model, images, threshold=0.97)
     torch.manual_seed(99)  # the global generator plays no part
-    other = run(toy_model, images)
-    assert one.losses == other.losses
-    assert same(one.by_name, other.by_name)
-    assert not same(one.by_name, run(toy_model, images, seed=1).by_name)
+    other = run(toy_model, images, threshold=0.97)
+    assert one[0] == other[0]
+    assert all(same(mine, theirs) for mine, theirs in zip(one[1], other[1], strict=True))
+    assert not same(one[1][0], run(toy_model, images, seed=1)[1][0])
 
 
 def test_nothing_stays_behind_in_the_model(toy_model: Any, images: Images) -> None:
     before = {name: value.clone() for name, value in toy_model.unet.state_dict().items()}
     run(toy_model, images)
+
+    def fail() -> None:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        each_gradient(toy_model.unet, toy_model.scheduler, images, wish(), fail)
     assert same(before, toy_model.unet.state_dict())
     assert all(parameter.grad is None for parameter in toy_model.unet.parameters())
     assert not toy_model.unet.training
 
 
-def test_more_images_than_there_are_is_all_of_them(toy_model: Any, images: Images) -> None:
-    assert run(toy_model, images, count=48, timesteps=1).losses == run(toy_model, images, count=99, timesteps=1).losses
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_it_scores_what_the_network_was_trained_to_predict(toy_model: Any, images: Images, kind: str) -> None:
-    scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=kind)
-    found = accumulate(toy_model.unet, scheduler, images, count=4, timesteps=2, weighting=Weighting(), seed=0)
-    assert len(found.losses) == 2
+    toy_model = dataclasses.replace(toy_model, scheduler=DDPMScheduler(num_train_timesteps=100, prediction_type=kind))
+    _, (found,) = run(toy_model, images, images=2)
+    order, timesteps = draw(images, toy_model.scheduler, Active((0, 20, 40, 60, 80), {}), wish(images=2))
+    clean, noise = images.batch(order), noise_for(0, range(2), (1, 8, 8), "score-noise")
+    alphas = toy_model.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    target = {
+        "epsilon": noise,
+        "sample": clean,
+        "v_prediction": alphas.sqrt() * noise - (1 - alphas).sqrt() * clean,
+    }[kind]
+    noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
+    bias = toy_model.unet.conv_out.bias
+    (expected,) = torch.autograd.grad((toy_model.unet(noisy, timesteps).sample - target).square().mean(), bias)
+    torch.testing.assert_close(found["conv_out.bias"], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_progress_is_told_twice_per_timestep(toy_model: Any, images: Images) -> None:
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_progress_is_told_image_by_image(toy_model: Any, images: Images, threshold: float) -> None:
     told: list[int] = []
-    run(toy_model, images, threshold=0.5, advance=lambda steps=1, **_: told.append(steps))
-    assert sum(told) == 10
+    run(toy_model, images, threshold=threshold, advance=lambda steps=1, **_: told.append(steps))
+    assert sum(told) == wish(threshold=threshold).work(toy_model.scheduler) == (8 + 5 * 8 if threshold else 8)
 
 
 @given(losses_by_timestep, st.floats(0.0, 0.99), st.floats(0.01, 1.0))
@@ -174,19 +243,6 @@ def test_early_timesteps_are_those_at_the_start_of_the_schedule(
     total = max(losses) + 1
     found = Weighting(threshold, early).active(losses, total)
     assert set(found) == {t for t in active_timesteps(losses, threshold) if t / total < early}
-
-
-def test_each_timesteps_gradient_can_be_seen_alone(toy_model: Any, images: Images) -> None:
-    alone: list[dict[str, torch.Tensor]] = []
-
-    def look() -> None:
-        alone.append({n: p.grad.clone() for n, p in toy_model.unet.named_parameters() if p.grad is not None})
-
-    assert run(toy_model, images, each=look).by_name == {}
-    together = run(toy_model, images)
-    assert len(alone) == len(together.active) == 5
-    for name, gradient in together.by_name.items():
-        torch.testing.assert_close(sum(one[name] for one in alone), gradient, rtol=1e-4, atol=1e-6)
 
 
 # --- what is not finite ------------------------------------------------------------------------------------------
@@ -200,20 +256,22 @@ def test_a_gradient_that_is_not_finite_is_named(bad: float) -> None:
         require_finite({"a.weight": good, "b.bias": torch.tensor([1.0, bad])}, "timestep 7")
 
 
-@pytest.mark.parametrize("each", [None, lambda: None])
-def test_a_backward_pass_that_overflows_is_explained(toy_model: Any, images: Images, each: Any) -> None:
+def test_a_backward_pass_that_overflows_is_explained(toy_model: Any, images: Images) -> None:
     # Small activations times large weights: the loss can be held in float32, its gradient cannot.
     unet = toy_model.unet
     with torch.no_grad():
         unet.conv_norm_out.weight.mul_(1e-10)
         unet.conv_norm_out.bias.mul_(1e-10)
         unet.conv_out.weight.mul_(1e28)
-    with pytest.raises(DpctlError, match=r"a gradient is not finite\n.*\(conv_in.weight\) at timestep 0\n"):
-        run(toy_model, images, each=each)
+    with pytest.raises(
+        DpctlError, match=r"a gradient is not finite\n.*\(conv_in.weight\) at images 0 to 3 of the draw\n"
+    ):
+        run(toy_model, images)
 
 
 def test_a_loss_that_overflows_is_explained(toy_model: Any, images: Images) -> None:
     with torch.no_grad():
         toy_model.unet.conv_out.weight.mul_(1e20)
-    with pytest.raises(DpctlError, match=r"loss is not finite\n.*timestep 0\n.*too large"):
-        run(toy_model, images)
+    for threshold in (0.0, 0.5):  # found by the batch that it is in, or when the losses are looked up
+        with pytest.raises(DpctlError, match=r"loss is not finite\n.*at timestep \d+\n.*too large"):
+            run(toy_model, images, threshold=threshold)
