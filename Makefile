@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
 
-.PHONY: help setup check test test-all demo evidence rounds bench reference clean distclean
+.PHONY: help setup check test test-all demo evidence rounds bench bench-scoring reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -81,6 +81,9 @@ rounds: $(STAMP) ## a cut to 20 % of the MACs in three rounds and in one, as man
 
 bench: $(STAMP) ## measure the demo's models again
 	$(BIN)/dpctl bench reference demo/finetuned --out demo/bench-again --force
+
+bench-scoring: $(STAMP) ## scoring against a full pass over the timesteps: time, agreement, memory; about half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_scoring.py
 
 reference: $(STAMP) ## make the embedded reference again (hours; needs Debian's dataset-fashion-mnist); continues after a stop
 	$(BIN)/python -m dpctl.reference.make images

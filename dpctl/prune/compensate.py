@@ -31,9 +31,10 @@ ROWS_PER_UNKNOWN, LEAST_ROWS, MOST_ROWS = 12, 8_192, 32_768
 # which keeps the normal equations small: 128 channels of a 3x3 kernel still go whole.
 WIDEST = 1_200
 # Outputs of the unpruned network that are remembered at one time.
-REMEMBERED_BYTES = 1 << 30
-# Images that the layers are fitted on, in units of the scoring's batch: without gradients many more fit into memory.
-BATCHES = 16
+REMEMBERED_BYTES = 1 << 28
+# Images that the layers are fitted on, in units of the scoring's batch: without gradients that many more take about the
+# memory of a training step.
+BATCHES = 8
 # Below this a layer gives what it gave already (rounding), and stays as it is.
 NO_ERROR = 1e-5
 
