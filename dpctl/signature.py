@@ -149,6 +149,8 @@ def _conditions(config: Mapping[str, Any]) -> list[Tensor]:
     found = [Tensor("encoder_hidden_states", "float32", (BATCH, TOKENS, width))]
     if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
         raise _unknown(config, "encoder_hid_dim_type", "none, or text_proj")
+    if config.get("attention_type") not in (None, "default"):
+        raise _unknown(config, "attention_type", "attention_type default (no GLIGEN)")
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         found += [Tensor("text_embeds", "float32", (BATCH, pooled)), Tensor("time_ids", "float32", (BATCH, 6))]

@@ -170,6 +170,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "inpainting": ("UNet2DConditionModel", _TEXT | {"in_channels": 9}),
+    "latent-consistency": ("UNet2DConditionModel", _TEXT | {"time_cond_proj_dim": 16}),
 }
 
 

@@ -77,7 +77,13 @@ def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) ->
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph()
         inputs = unet_arguments(example_inputs(unet))
-        graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
+        try:
+            graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
+        except Exception as problem:  # a config can be wrong in every way that a network can fail
+            reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            raise DpctlError(
+                "the network cannot be run", reason, "check that diffusers itself runs a model of this config"
+            ) from None
         raw = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
     found, left_alone, in_parts = [], {}, dict[str, str]()
     for group in raw:
@@ -195,6 +201,8 @@ def _members(graph: Any, group: Any, order: dict[Any, str]) -> tuple[tuple[Membe
         if isinstance(module, nn.Conv2d) and module.groups != 1:
             return (), "a grouped convolution is coupled to it"
         side = OUT if graph.is_out_channel_pruning_fn(item.dep.handler) else IN
+        if (order[module], side) == ("time_embedding.linear_1", IN):
+            return (), "it is added to the timestep's sinusoid, whose width is fixed"
         members.append(Member(order[module], side, tuple(item.idxs), tuple(item.root_idxs)))
     return tuple(members), None
 

@@ -24,7 +24,7 @@ from dpctl.signature import unet_arguments
 
 NAMES = (
     *("ddpm", "ldm", "class-conditional", "ncsnpp", "resnet-resampling", "scale-shift"),
-    *("stable-diffusion", "sdxl", "inpainting"),
+    *("stable-diffusion", "sdxl", "inpainting", "latent-consistency"),
 )
 STOCK = PruneRecipe(criterion="magnitude", ratio=0.5, layout="stock")
 Families = dict[str, Callable[[], Any]]

@@ -148,3 +148,21 @@ def test_a_criterion_reads_what_it_says_it_reads(toy_model: Any, toy_images: Pat
     one, another = (criterion.score(Scoring(toy_model.unet, groups, toy_model.scheduler, images, r)) for r in recipes)
     changed = any(not torch.equal(one[group.name], another[group.name]) for group in groups)
     assert changed == (entry in criterion.READS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dual_cross_attention": True}, r"network cannot be run\n.*DualTransformer2DModel.*\n.*diffusers itself"),
+        ({"attention_type": "gated"}, r"not supported\n.*attention_type 'gated'\n.*GLIGEN"),
+    ],
+)
+def test_a_network_that_cannot_be_run_or_fed_is_no_crash(
+    families: dict[str, Any], tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    stock = families["stable-diffusion"]()
+    unet = type(stock)(**{**{k: v for k, v in stock.config.items() if not k.startswith("_")}, **config})
+    unet.save_pretrained(tmp_path / "model" / "unet")
+    with pytest.raises(DpctlError, match=message):
+        prune(str(tmp_path / "model"), tmp_path / "slim", PruneRecipe(criterion="magnitude", ratio=0.5))
+    assert not (tmp_path / "slim").exists()
