@@ -69,22 +69,9 @@ def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) ->
 
     With `heads` and `norm_groups` whole ones of these go, where they fit, instead of a part of each.
     """
-    import torch_pruning
-
     unet = without_weights(unet)
     order = {module: name for name, module in unet.named_modules()}
-    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling(), _differentiable(unet):
-        warnings.simplefilter("ignore")
-        graph = torch_pruning.DependencyGraph()
-        inputs = unet_arguments(example_inputs(unet))
-        try:
-            graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
-        except Exception as problem:  # a config can be wrong in every way that a network can fail
-            reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-            raise DpctlError(
-                "the network cannot be run", reason, "check that diffusers itself runs a model of this config"
-            ) from None
-        raw = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
+    graph, raw = _traced(unet)
     found, left_alone, in_parts = [], {}, dict[str, str]()
     for group in raw:
         name = order[group[0].dep.target.module]
@@ -105,6 +92,24 @@ def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) ->
         if g.width % g.segments:
             left_alone[g.name] = f"its width {g.width} is no multiple of {g.segments} norm groups or heads"
     return _without(found, left_alone, in_parts)
+
+
+def _traced(unet: Any) -> tuple[Any, list[Any]]:
+    """Return DepGraph's graph of a network and its groups. Raises a DpctlError for a network that does not run."""
+    import torch_pruning
+
+    graph = torch_pruning.DependencyGraph()
+    inputs = unet_arguments(example_inputs(unet))
+    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling(), _differentiable(unet):
+        warnings.simplefilter("ignore")
+        try:
+            graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
+        except Exception as problem:  # a config can be wrong in every way that a network can fail
+            reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            raise DpctlError(
+                "the network cannot be run", reason, "check that diffusers itself runs a model of this config"
+            ) from None
+        return graph, list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
 
 
 def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups:
