@@ -165,6 +165,8 @@ def _load_unet(directory: Path) -> Any:
     if wrong:
         raise _damaged(directory, f"{len(wrong)} tensors missing, unknown or of another shape, first: {wrong[0]}")
     refuse_non_finite(unet, str(directory))
+    # Diffusers notes where it loaded from and would save that path: digests would depend on it, and others read it.
+    unet.register_to_config(_name_or_path="")
     return unet.eval()
 
 

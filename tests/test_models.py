@@ -62,6 +62,14 @@ def test_a_pipeline_is_loaded_as_stock_loads_it(toy_pipeline: Path) -> None:
     assert model.source == str(toy_pipeline.resolve())
 
 
+def test_where_a_model_was_loaded_from_is_not_saved_with_it(toy_pipeline: Path, tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        shutil.copytree(toy_pipeline, tmp_path / name)
+        load_model(tmp_path / name).unet.save_pretrained(tmp_path / f"{name}-saved")
+    here, there = ((tmp_path / f"{name}-saved" / "config.json").read_bytes() for name in ("here", "there"))
+    assert here == there
+
+
 def test_a_bare_unet_directory_is_a_model_with_the_default_scheduler(toy_pipeline: Path) -> None:
     model = load_model(toy_pipeline / "unet")
     assert same_weights(model.unet, load_model(toy_pipeline).unet)
