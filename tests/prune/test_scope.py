@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DModel
 
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
 from dpctl.prune import preview, prune
+from dpctl.prune.groups import find_groups
+from dpctl.prune.network import describe
+from dpctl.prune.plan import Network, widths_for_target
 from dpctl.recipe import PruneRecipe, to_dict
 
 HALF = PruneRecipe(criterion="magnitude", ratio=0.5)
@@ -61,3 +66,32 @@ def test_a_preview_is_what_the_cut_gives(toy_pipeline: Path, tmp_path: Path, cri
 def test_a_preview_scores_nothing_on_data() -> None:
     recipe = PruneRecipe(ratio=0.5)
     assert preview("no model is looked at", recipe) == to_dict(recipe)
+
+
+@pytest.fixture(scope="module")
+def cifar() -> Network:
+    """The paper's CIFAR-10 network as planning sees it."""
+    levels = (128, 256, 256, 256)
+    with torch.device("meta"):
+        unet = UNet2DModel(
+            sample_size=32,
+            block_out_channels=levels,
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=None,
+        ).eval()
+    return describe(unet, find_groups(unet))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("measure", ["macs", "params"])
+@pytest.mark.parametrize("target", [0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_a_target_is_met_from_below_within_two_percent(cifar: Network, target: float, measure: str, scope: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = {span.name: torch.rand(span.width, generator=generator).tolist() for span in cifar.spans}
+    whole = cifar.cost(measure, cifar.full())
+    widths = widths_for_target(cifar, scores, measure, target * whole, 8, scope=scope)
+    achieved = cifar.cost(measure, widths) / whole
+    assert 0.98 * target <= achieved <= target
+    assert all(widths[span.name] % 8 == 0 for span in cifar.spans)
