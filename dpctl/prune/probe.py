@@ -14,8 +14,14 @@ from dpctl.recipe import PruneRecipe
 from dpctl.signature import sample_size
 
 
-def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
+def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Images:
     """Open the recipe's data for a network; a DpctlError says that it `failed` where images alone give no loss."""
+    require_fed(unet, failed, todo)
+    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
+
+
+def require_fed(unet: Any, failed: str, todo: str) -> None:
+    """Raise a DpctlError, which says that it `failed`, unless images alone give the loss of a network."""
     try:
         require_image_to_image(unet.config)
         require_pixels(unet.config.in_channels)
@@ -25,7 +31,6 @@ def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
             f"{problem.failed}: {problem.got}",
             f"{todo}: images alone do not give the loss of such a model",
         ) from None
-    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 
 
 @dataclass(frozen=True)
