@@ -1,6 +1,7 @@
 """Compensation, layer by layer: what is left gives what it gave in the whole network, as far as it can tell."""
 
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,21 @@ def test_the_ridge_holds_the_weights_back_a_little(
     assert 0.01 < error(unet, small) < 0.1
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+def test_queries_keep_the_softmax_temperature(toy_unet: Any, monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    """The slim attention divides by the root of half the head width; its queries are smaller by that factor."""
+    monkeypatch.setattr(module, "RIDGE", EXACT)
+    monkeypatch.setattr(module, "WIDEST", 0 if wide else 10_000)
+    small, kept = cut(toy_unet, odd_channels_repeat(toy_unet))
+    compensate(toy_unet, small, kept, inputs(toy_unet, 128))
+    seen: list[Tensor] = []
+    for network in (toy_unet, small):
+        to_q = network.mid_block.attentions[0].to_q
+        to_q.register_forward_hook(lambda *called: seen.append(called[2]))
+        run(network, inputs(toy_unet, 8, seed=2))
+    torch.testing.assert_close(seen[1], 0.5**0.5 * seen[0][..., ::2], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_random_cut_comes_nearer_to_every_family(families: Families, name: str) -> None:
     unet = families[name]()
@@ -234,6 +250,14 @@ def test_a_little_remembered_at_a_time_gives_the_same(toy_unet: Any, monkeypatch
     assert len(runs) == 1 + len(fittable(toy_unet, at_once))
     for name, tensor in at_once.state_dict().items():
         torch.testing.assert_close(one_by_one.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_portions_hold_no_more_than_may_be_remembered_unless_it_is_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED_BYTES", 6)
+    layers: Any = [SimpleNamespace(bytes=count) for count in (3, 3, 3, 10, 1, 5)]
+    found = [[rows.bytes for rows in portion] for portion in module._portions(layers)]
+    assert found == [[3, 3], [3], [10], [1, 5]]
+    assert list(module._portions([])) == []
 
 
 def test_a_seed_gives_the_same_bits_and_another_one_others(toy_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
