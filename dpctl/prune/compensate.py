@@ -60,8 +60,8 @@ def make_up(
 ) -> dict[str, Any]:
     """Compensate `small`, in place, on images of the data; return what that gave, as plain values.
 
-    The denoising loss decides, with noise and timesteps that nothing was fitted on, and images drawn anew: where it
-    does not fall, `small` stays as it was cut.
+    The denoising loss of images drawn anew decides, with noise that nothing was fitted on: where it does not fall,
+    `small` stays as it was cut.
     """
     count = BATCHES * recipe.batch_size
     probe = open_probe(
