@@ -52,7 +52,7 @@ def require_image_to_image(config: Any) -> None:
 
 def predicted_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the network has to predict, as the scheduler's `prediction_type` says. [B, C, H, W]"""
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type")
     if kind == "epsilon":
         return noise
     if kind == "sample":
@@ -64,6 +64,11 @@ def predicted_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Te
         f"{kind!r} in the scheduler's config",
         "use a scheduler with prediction_type epsilon, sample or v_prediction",
     )
+
+
+def first_timestep(unet: Any) -> int:
+    """Return the first timestep that a network can take: a Fourier embedding takes its logarithm."""
+    return 1 if unet.config.get("time_embedding_type") == "fourier" else 0
 
 
 def denoising_loss(unet: Any, scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """`dpctl inspect`: an artifact's lineage, widths, parameters and MACs, for people and as JSON."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dpctl import artifact, bars, units
 from dpctl.artifact import Manifest
+
+# Of a list that may have a hundred entries so many are printed; all are in the manifest and with --json.
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,31 @@ def _figures(kind: str, directory: Path, digest: str, stats: dict[str, Any]) -> 
         table.add_row("asked", f"{name.replace('_', ' ')} {value:g}")
     if "achieved" in stats:
         table.add_row("achieved", ", ".join(f"{name} {value:.4f}" for name, value in stats["achieved"].items()))
+    for name, text in _surgery(stats):
+        table.add_row(name, text)
     if "steps" in stats:
         table.add_row("trained", f"{stats['steps']} steps, loss of the last 50: {stats['loss']:.4f}")
     return table
+
+
+def _surgery(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of what the cut did beside taking channels, a line each."""
+    if found := stats.get("compensation"):
+        loss = {name: f"{value:.3g}" for name, value in found["loss"].items()}
+        name = "compensated" if found["used"] else "not compensated"
+        after = loss.get("compensated", "not finite")
+        yield name, f"denoising loss {loss['cut']} -> {after}, unpruned {loss['unpruned']}"
+    if parts := stats.get("in_parts"):
+        yield "cut in parts", _first([f"{name} ({reason})" for name, reason in parts.items()])
+    if moved := stats.get("regrouped_norms"):
+        most = sorted(moved.items(), key=lambda norm: -norm[1])
+        yield "norms regrouped", _first([f"{name} ({units.percent(share)} of its channels)" for name, share in most])
+
+
+def _first(names: list[str]) -> str:
+    """Return the first few of many names, and how many more there are."""
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return ", ".join([*names[:SHOWN], *more])
 
 
 def _lineage(manifest: Manifest) -> Any:

@@ -98,6 +98,39 @@ def test_json_is_one_document_on_stdout(
     assert json.loads(trained.out)["kind"] == "trained"
 
 
+def test_compensation_is_switched_on_and_off(
+    tmp_path: Path, dpctl: Callable[..., Done], prune_toy: Callable[..., Done], toy_images: Path
+) -> None:
+    data = ("--data", toy_images, "--batch-size", 1)
+    for name, more, expected in (
+        ("without", (), False),
+        ("with", data, True),
+        ("asked", (*data, "--compensate"), True),
+        ("off", (*data, "--no-compensate"), False),
+    ):
+        done = prune_toy(tmp_path / name, *more)
+        assert done.code == 0, done.err
+        assert ("compensation" in manifest_of(tmp_path / name).stats) == expected
+        assert ("compensated" in done.out, "compensate 51/51" in done.err) == (expected, expected)
+    plan = prune_toy(tmp_path / "plan", *data, "--dry-run")
+    assert (plan.code, "compensation" in json.loads(plan.out)["plan"]) == (0, False)
+    assert "compensate" not in plan.err
+
+
+def test_compensation_of_a_model_that_images_cannot_feed_is_refused(
+    tmp_path: Path, dpctl: Callable[..., Done], make_unet: Callable[..., Any]
+) -> None:
+    make_unet(num_class_embeds=3).save_pretrained(tmp_path / "unet")
+    prune = ("prune", tmp_path / "unet", "--out", tmp_path / "out", "--criterion", "magnitude", "--ratio", "0.5")
+    done = dpctl(*prune, "--compensate")
+    assert (done.code, done.out) == (1, "")
+    assert "cut of this model cannot be compensated" in done.err
+    assert "num_class_embeds 3" in done.err
+    assert "--no-compensate" in done.err
+    assert not (tmp_path / "out").exists()
+    assert dpctl(*prune).code == 0
+
+
 def test_inspect_scans_and_draws(
     tmp_path: Path, dpctl: Callable[..., Done], prune_toy: Callable[..., Done], toy_pipeline: Path, toy_images: Path
 ) -> None:

@@ -105,6 +105,39 @@ def test_a_scan_of_the_model_itself_is_shown_and_told(pruned: Path) -> None:
     assert "sensitivity" not in inspect(str(pruned)).json["stats"]
 
 
+def of_stats(**stats: Any) -> str:
+    """Return what is printed of a pruned model with these figures."""
+    return shown(report(artifact.Manifest(kind="pruned", recipe={}, stats=stats, files={}), Path("x")))
+
+
+@pytest.mark.parametrize(
+    ("used", "compensated", "expected"),
+    [
+        (True, {"compensated": 0.1382}, "│ compensated │ denoising loss 0.165 -> 0.138, unpruned 0.127 │"),
+        (False, {"compensated": 0.2}, "│ not compensated │ denoising loss 0.165 -> 0.2, unpruned 0.127 │"),
+        (False, {}, "│ not compensated │ denoising loss 0.165 -> not finite, unpruned 0.127 │"),
+    ],
+)
+def test_compensation_is_a_line(used: bool, compensated: dict[str, float], expected: str) -> None:
+    loss = {"unpruned": 0.1274, "cut": 0.1649} | compensated
+    assert expected in of_stats(compensation={"used": used, "loss": loss})
+
+
+def test_what_the_cut_did_to_norms_is_a_line_each_however_many() -> None:
+    one = of_stats(in_parts={"conv_in": "a reason"}, regrouped_norms={"a.norm1": 0.125})
+    assert re.search(r"│ cut in parts +│ conv_in \(a reason\) +│", one)
+    assert re.search(r"│ norms regrouped +│ a\.norm1 \(12\.5 % of its channels\) +│", one)
+    reasons, moved = {f"g{i}.conv": "a reason" for i in range(100)}, {f"n{i}.norm": i / 100 for i in range(1, 100)}
+    many = of_stats(in_parts=reasons, regrouped_norms=moved)
+    assert "g0.conv (a reason), " in many
+    assert ", and 96 more" in many
+    assert "norms regrouped │ n99.norm (99.0 % of its channels), n98.norm" in many  # the most first
+    assert ", and 95 more" in many
+    assert len(many.splitlines()) == len(one.splitlines())
+    none = of_stats(in_parts={}, regrouped_norms={})
+    assert not {"parts", "regrouped", "compensated"} & set(none.split())
+
+
 def test_a_changed_file_is_refused(pruned: Path, tmp_path: Path) -> None:
     shutil.copytree(pruned, tmp_path / "copy")
     (tmp_path / "copy" / "unet" / "config.json").write_text("{}")

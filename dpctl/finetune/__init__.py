@@ -211,7 +211,8 @@ def _copy_kept(source: Model, directory: Path) -> None:
 def _inherited(source: Model) -> dict[str, Any]:
     """Return the figures of the pruning that stay true of the finetuned network."""
     stats = source.manifest.stats if source.manifest is not None else {}
-    told = ("unpruned", "requested", "achieved", "widths", "left_alone", "sensitivity")
+    cut = ("unpruned", "requested", "achieved", "widths", "left_alone", "in_parts", "regrouped_norms")
+    told = (*cut, "compensation", "sensitivity")
     return {name: stats[name] for name in told if name in stats}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpctl import progress
 from dpctl.data import Images
-from dpctl.diffusion import sample_generator
+from dpctl.diffusion import first_timestep, sample_generator
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
@@ -57,6 +57,7 @@ def train(
         # The batch: which images, which noise and which timesteps are functions of the global sample index alone.
         indices = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
         clean, noise, timesteps = draw(images, indices, recipe, objective.scheduler)
+        timesteps.clamp_(min=first_timestep(unet))
         clean, noise, timesteps = (t.to(accelerator.device) for t in (clean, noise, timesteps))
 
         for group in optimizer.param_groups:

@@ -15,7 +15,8 @@ from dpctl.prune.unpruned import earlier_cuts, unpruned_costs, unpruned_widths
 from dpctl.recipe import PruneRecipe, to_dict
 
 KEPT = "kept.safetensors"
-UNSCORED, UNFITTED = "use --criterion magnitude or random", "use --no-compensate"
+UNSCORED = "use --criterion magnitude or random"
+UNFITTED = "the cut of this model cannot be compensated", "use --no-compensate"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def prune_unet(
     from dpctl.prune.attached import require_plain
     from dpctl.prune.compensate import compensates, make_up
     from dpctl.prune.importance import Scoring
-    from dpctl.prune.probe import open_images
+    from dpctl.prune.probe import open_images, require_fed
     from dpctl.prune.surgery import kept_indices, outline, regrouped, slim
 
     require_plain(source.unet)
@@ -101,6 +102,9 @@ def prune_unet(
     images = None
     if criterion.NEEDS_DATA:
         images = open_images(source.unet, recipe, f"the criterion {recipe.criterion} cannot score this model", UNSCORED)
+    refits = compensates(recipe, criterion.NEEDS_DATA, source.unet)
+    if refits:
+        require_fed(source.unet, *UNFITTED)
     scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, bar)
     scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
     plan, stock = plan_for(source, network, scores, recipe, criterion.COMPARABLE, levels)
@@ -111,8 +115,8 @@ def prune_unet(
         "in_parts": groups.in_parts,
         "regrouped_norms": regrouped(source.unet, small, kept),
     }
-    if weights and compensates(recipe, criterion.NEEDS_DATA, source.unet.config):
-        images = images or open_images(source.unet, recipe, "the cut of this model cannot be compensated", UNFITTED)
+    if weights and kept and refits:
+        images = images or open_images(source.unet, recipe, *UNFITTED)
         stats["compensation"] = make_up(source.unet, small, kept, source.scheduler, images, recipe, bar)
     return Pruned(small, plan, kept, stats)
 

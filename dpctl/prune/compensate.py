@@ -7,7 +7,10 @@ The layers are fitted in the order of computation, so that each also makes up fo
 timesteps are spread over the whole schedule: a fit on the early ones lowers the loss more and spoils the pictures.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,8 @@ from torch import Tensor, nn
 from dpctl import progress
 from dpctl.cost import positions
 from dpctl.data import Images
-from dpctl.diffusion import noise_for, sample_generator
+from dpctl.diffusion import first_timestep, noise_for, sample_generator
+from dpctl.errors import DpctlError
 from dpctl.prune.probe import open_probe, takes_images
 from dpctl.prune.surgery import Kept, temperature
 from dpctl.recipe import PruneRecipe
@@ -41,17 +45,17 @@ NO_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class Fit:
-    """Relative error |Y - Y_slim| / |Y| of a layer's outputs before it is refitted and after."""
+    """Relative error |Y - Y_slim| / |Y| of a layer's outputs (a wide one's inputs) before it is refitted and after."""
 
     before: float
     after: float
 
 
-def compensates(recipe: PruneRecipe, has_data: bool, config: Any) -> bool:
+def compensates(recipe: PruneRecipe, has_data: bool, unet: Any) -> bool:
     """Tell whether to compensate: as the recipe says, else where there is data, read anyway or given, that fits."""
     if recipe.compensate is not None:
         return recipe.compensate
-    return has_data or (recipe.data != PruneRecipe.data and takes_images(config))
+    return has_data or (recipe.data != PruneRecipe.data and takes_images(unet))
 
 
 def make_up(
@@ -59,7 +63,8 @@ def make_up(
 ) -> dict[str, Any]:
     """Compensate `small`, in place, on images of the data; return what that gave, as plain values.
 
-    The denoising loss of other images and noise decides: where it does not fall, `small` stays as it was cut.
+    The denoising loss of images drawn anew decides, with noise that nothing was fitted on: where it does not fall,
+    `small` stays as it was cut.
     """
     count = BATCHES * recipe.batch_size
     probe = open_probe(
@@ -70,8 +75,9 @@ def make_up(
     with bar("compensate", len(fittable(unet, small))) as advance:
         inputs = calibration(unet, scheduler, images, count, recipe.seed)
         fits = compensate(unet, small, kept, inputs, seed=recipe.seed, advance=advance)
-    losses["compensated"] = probe.loss(small)
-    used = losses["compensated"] < losses["cut"]
+    with suppress(DpctlError):  # it is not finite any more
+        losses["compensated"] = probe.loss(small)
+    used = losses.get("compensated", math.inf) < losses["cut"]
     if not used:
         small.load_state_dict(cut)
     return {
@@ -91,6 +97,7 @@ def calibration(unet: Any, scheduler: Any, images: Images, count: int, seed: int
     noise = noise_for(seed, range(count), clean.shape[1:], "compensate-noise").to(device)
     total = int(scheduler.config.num_train_timesteps)
     timesteps = torch.tensor([(2 * i + 1) * total // (2 * count) for i in range(count)], device=device)
+    timesteps = timesteps.clamp(first_timestep(unet), total - 1)
     return {"sample": scheduler.add_noise(clean, noise, timesteps), "timestep": timesteps}
 
 
@@ -113,7 +120,7 @@ class _Rows:
 
     def pick(self, tensor: Tensor) -> Tensor:
         """Return rows [R, C] of a layer's input or output [B, C, H, W] or [..., C]."""
-        flat = (tensor.movedim(1, -1) if tensor.ndim == 4 else tensor).flatten(0, -2)
+        flat = (tensor.movedim(1, -1) if isinstance(self.layer, nn.Conv2d) else tensor).flatten(0, -2)
         return flat[self._index(len(flat), flat.device)]
 
     def read(self, given: Tensor) -> Tensor:
@@ -151,7 +158,10 @@ def compensate(
 
         def refit(rows: _Rows, remembered: dict[str, Tensor] = remembered) -> Any:
             def hook(layer: Any, given: tuple[Tensor, ...]) -> None:
-                fit = _refit(rows, unet, small, kept, given[0], remembered.pop(rows.name))
+                outputs = remembered.pop(rows.name, None)
+                if outputs is None:
+                    return
+                fit = _refit(rows, unet, small, kept, given[0], outputs)
                 if fit is not None:
                     fits[rows.name] = fit
                 advance(1)
@@ -182,7 +192,8 @@ def fittable(unet: Any, small: Any) -> list[str]:
 
 def _can_be_fitted(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and layer.dilation == (1, 1) and not isinstance(layer.padding, str)
+        plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return plain and layer.groups == 1 and layer.dilation == (1, 1)
     return isinstance(layer, nn.Linear)
 
 
@@ -200,17 +211,21 @@ def _portions(samples: Sequence[_Rows]) -> Iterator[list[_Rows]]:
 
 
 def _remember(unet: Any, portion: Sequence[_Rows], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run the unpruned network; return the rows of each layer's outputs, or of a wide layer's inputs."""
-    remembered: dict[str, Tensor] = {}
+    """Run the unpruned network; return the rows of each layer's outputs, or of a wide layer's inputs.
+
+    A layer that is called more than once has no one output, and is not among them: it stays as it was cut.
+    """
+    remembered, calls = dict[str, Tensor](), Counter[str]()
 
     def remember(rows: _Rows) -> Any:
         def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[rows.name] += 1
             remembered[rows.name] = rows.pick(given[0] if rows.wide else output)
 
         return unet.get_submodule(rows.name).register_forward_hook(hook)
 
     _run(unet, arguments, [remember(rows) for rows in portion])
-    return remembered
+    return {name: tensor for name, tensor in remembered.items() if calls[name] == 1}
 
 
 @torch.no_grad()
@@ -262,10 +277,13 @@ def _with_ones(layer: Any, read: Tensor) -> Tensor:
 
 
 def _ridge(read: Tensor, start: Tensor, wanted: Tensor) -> tuple[Tensor, Fit | None]:
-    """Return W [N, O] near `start` with least |read W - wanted|, of [R, N] and [R, O], and the fit (None: no error)."""
+    """Return W [N, O] near `start` with least |read W - wanted|, of [R, N] and [R, O], and the fit.
+
+    The fit is None, and W the `start`, where there is no error, or none that could be told (NaN or Inf).
+    """
     error, size = wanted - read @ start, float(wanted.norm())
     before = float(error.norm()) / size if size else 0.0
-    if before < NO_ERROR:
+    if not NO_ERROR <= before < math.inf:
         return start, None
     normal = (read.T @ read).double()
     normal.diagonal().add_(RIDGE * max(float(normal.diagonal().mean()), 1e-12))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpctl import progress
 from dpctl.data import Images
-from dpctl.diffusion import denoising_loss, noise_for, sample_generator
+from dpctl.diffusion import denoising_loss, first_timestep, noise_for, sample_generator
 from dpctl.errors import DpctlError
 
 # Images that the loss of each timestep is looked up on, to tell which timesteps count.
@@ -59,9 +59,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Active:
-    """The timesteps that count, as the first of each part of the schedule, and the losses that told (or none)."""
+    """The parts of the schedule that count, by the first timestep of each, among all; and the losses that told."""
 
     timesteps: tuple[int, ...]
+    grid: tuple[int, ...]
     losses: dict[int, float]
 
 
@@ -104,7 +105,7 @@ def find_active(
     unet: Any, scheduler: Any, images: Images, draws: Draws, advance: progress.Advance = progress.silent
 ) -> Active:
     """Return the timesteps that count; a threshold takes a forward pass over the schedule."""
-    grid = timestep_grid(scheduler, draws.timesteps)
+    grid = timestep_grid(scheduler, draws.timesteps, first_timestep(unet))
     losses = dict.fromkeys(grid, 1.0)  # alike, as long as nobody asks
     if draws.weighting.threshold:
         order = _order(images, LOOKED_AT, draws.seed, "score-losses")
@@ -119,14 +120,13 @@ def find_active(
             losses[t] = float(torch.cat(parts).mean())
             advance(len(order))
     active = draws.weighting.active(losses, int(scheduler.config.num_train_timesteps))
-    return Active(active, losses if draws.weighting.threshold else {})
+    return Active(active, tuple(grid), losses if draws.weighting.threshold else {})
 
 
 def draw(images: Images, scheduler: Any, active: Active, draws: Draws) -> tuple[list[int], Tensor]:
     """Return the image and the timestep of every draw: the timesteps evenly over those that count, in random order."""
     total = int(scheduler.config.num_train_timesteps)
-    grid = [*timestep_grid(scheduler, draws.timesteps), total]
-    ends = dict(itertools.pairwise(grid))
+    ends = dict(itertools.pairwise([*active.grid, total]))
     counted = torch.cat([torch.arange(t, ends[t]) for t in active.timesteps])
     generator = sample_generator(draws.seed, 0, "score-timesteps")
     places = (torch.arange(draws.images) + torch.rand(draws.images, generator=generator)) / draws.images
@@ -153,11 +153,11 @@ def _split(whole: range, size: int) -> list[range]:
     return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
-def timestep_grid(scheduler: Any, count: int) -> list[int]:
-    """Return `count` timesteps evenly over the training schedule, the first included; all where it has fewer."""
-    total = int(scheduler.config.num_train_timesteps)
+def timestep_grid(scheduler: Any, count: int, first: int = 0) -> list[int]:
+    """Return `count` timesteps evenly over the training schedule from `first` on; all where it has fewer."""
+    total = int(scheduler.config.num_train_timesteps) - first
     count = min(count, total)
-    return [step * total // count for step in range(count)]
+    return [first + step * total // count for step in range(count)]
 
 
 def active_timesteps(losses: dict[int, float], threshold: float) -> tuple[int, ...]:

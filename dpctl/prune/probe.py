@@ -1,6 +1,7 @@
 """Images to score, fit and measure a network on, and its denoising loss on the same ones every time."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +15,22 @@ from dpctl.recipe import PruneRecipe
 from dpctl.signature import sample_size
 
 
-def takes_images(config: Any) -> bool:
+def takes_images(unet: Any) -> bool:
     """Tell whether images alone give the loss of a network."""
-    try:
-        require_image_to_image(config)
-        require_pixels(config.in_channels)
-    except DpctlError:
-        return False
-    return True
+    with suppress(DpctlError):
+        require_fed(unet, "", "")
+        return True
+    return False
 
 
-def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
+def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Images:
     """Open the recipe's data for a network; a DpctlError says that it `failed` where images alone give no loss."""
+    require_fed(unet, failed, todo)
+    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
+
+
+def require_fed(unet: Any, failed: str, todo: str) -> None:
+    """Raise a DpctlError, which says that it `failed`, unless images alone give the loss of a network."""
     try:
         require_image_to_image(unet.config)
         require_pixels(unet.config.in_channels)
@@ -35,7 +40,6 @@ def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Any:
             f"{problem.failed}: {problem.got}",
             f"{todo}: images alone do not give the loss of such a model",
         ) from None
-    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
 
 
 @dataclass(frozen=True)

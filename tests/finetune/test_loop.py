@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -353,3 +354,11 @@ def test_the_learning_rate_is_the_optimizers(
     loop.train(unet, Objective(scheduler), images, wanted, folder=tmp_path)
     moved = max(float((after - before[name]).abs().max()) for name, after in weights(unet).items())
     assert moved == pytest.approx(loop.learning_rate(0, wanted), rel=0.01)
+
+
+def test_a_fourier_embedding_is_never_asked_for_the_logarithm_of_zero(
+    tmp_path: Path, make_tiny: Callable[..., Any], images: Images
+) -> None:
+    unet = make_tiny(time_embedding_type="fourier")
+    losses = loop.train(unet, Objective(DDPMScheduler(num_train_timesteps=2)), images, RECIPE, folder=tmp_path)
+    assert all(math.isfinite(loss) for loss in losses)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpctl.data import Images, open_data
+from dpctl.data import ArrayImages, Images, open_data
 from dpctl.diffusion import noise_for, sample_generator
 from dpctl.errors import DpctlError
 from dpctl.prune.gradients import (
@@ -178,7 +179,9 @@ def test_timesteps_are_spread_evenly_over_those_that_count(count: int, parts: in
     grid = timestep_grid(scheduler, parts)
     active = tuple(grid[i] for i in sorted({c % len(grid) for c in chosen}))
     counted = [t for t in range(100) if max(g for g in grid if g <= t) in active]
-    order, timesteps = draw(range(7), scheduler, Active(active, {}), wish(images=count, timesteps=parts, seed=seed))  # type: ignore[arg-type]
+    order, timesteps = draw(
+        range(7), scheduler, Active(active, tuple(grid), {}), wish(images=count, timesteps=parts, seed=seed)
+    )  # type: ignore[arg-type]
     assert set(timesteps.tolist()) <= set(counted)
     assert len(order) == len(timesteps) == count
     # One in each of `count` equal slices: no timestep is drawn more often than its share, up to the slices' borders.
@@ -215,7 +218,9 @@ def test_nothing_stays_behind_in_the_model(toy_model: Any, images: Images) -> No
 def test_it_scores_what_the_network_was_trained_to_predict(toy_model: Any, images: Images, kind: str) -> None:
     toy_model = dataclasses.replace(toy_model, scheduler=DDPMScheduler(num_train_timesteps=100, prediction_type=kind))
     _, (found,) = run(toy_model, images, images=2)
-    order, timesteps = draw(images, toy_model.scheduler, Active((0, 20, 40, 60, 80), {}), wish(images=2))
+    order, timesteps = draw(
+        images, toy_model.scheduler, Active((0, 20, 40, 60, 80), (0, 20, 40, 60, 80), {}), wish(images=2)
+    )
     clean, noise = images.batch(order), noise_for(0, range(2), (1, 8, 8), "score-noise")
     alphas = toy_model.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     target = {
@@ -275,3 +280,12 @@ def test_a_loss_that_overflows_is_explained(toy_model: Any, images: Images) -> N
     for threshold in (0.0, 0.5):  # found by the batch that it is in, or when the losses are looked up
         with pytest.raises(DpctlError, match=r"loss is not finite\n.*at timestep \d+\n.*too large"):
             run(toy_model, images, threshold=threshold)
+
+
+def test_a_fourier_embedding_is_never_asked_for_the_logarithm_of_zero(families: dict[str, Any], toy_model: Any) -> None:
+    unet = families["ncsnpp"]()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
+    model = dataclasses.replace(toy_model, unet=unet, scheduler=DDPMScheduler(num_train_timesteps=4))
+    active, found = run(model, ArrayImages("noise", pixels), images=6, timesteps=4, threshold=0.01)
+    assert active.grid == (1, 2, 3)
+    assert all(bool(gradient.isfinite().all()) for gradients in found for gradient in gradients.values())

@@ -132,7 +132,7 @@ def test_a_bare_unet_becomes_a_pipeline(toy_pipeline: Path, tmp_path: Path) -> N
     assert (tmp_path / "bare" / "model_index.json").is_file()
 
 
-def test_progress_is_shown_for_scoring(toy_model: Any, toy_images: Path) -> None:
+def test_progress_is_shown_for_scoring_and_compensation(toy_model: Any, toy_images: Path) -> None:
     from contextlib import contextmanager
 
     told: list[Any] = []
@@ -144,9 +144,10 @@ def test_progress_is_shown_for_scoring(toy_model: Any, toy_images: Path) -> None
 
     recipe = PruneRecipe(ratio=0.5, data=str(toy_images), images=2, timesteps=3)
     prune_unet(toy_model, recipe, bar=bar)
-    looked_up = [8, 8, 8]  # a few images at each of three timesteps, then the two that are scored
-    assert told[:5] == [("score", 26), *looked_up, 2]
-    assert told[5] == ("compensate", len(told[6:]))
+    compensation = told.index(("compensate", 51))  # layers
+    scored, compensated = told[1:compensation], told[compensation + 1 :]
+    assert told[0] == ("score", sum(scored))
+    assert compensated == [1] * 51
 
 
 # --- pruning what was pruned -------------------------------------------------------------------------------------
