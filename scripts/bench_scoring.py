@@ -8,7 +8,6 @@ the folder `--out`, which a second run goes on from; timings are of one process 
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from dpctl.prune.surgery import kept_indices, slim
 from dpctl.recipe import REDUCTIONS, PruneRecipe
 from dpctl.signature import sample_size
 from dpctl.units import bytes_, seconds
+from runtime.denoiser import memory_used
 
 SEEDS = (0, 1, 2)
 FULL_IMAGES, THRESHOLD, TARGET = 64, 0.05, 0.5
@@ -162,7 +162,7 @@ def _row(
 def peak(what: str, batch: int) -> int:
     """Return how far the peak of this process's memory rises in training steps, scoring or compensation, in bytes."""
     bench = Bench(Path())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_resident()
     if what == "score":
         recipe = PruneRecipe(target_macs=TARGET, images=4 * batch, batch_size=batch)
         first_order(
@@ -183,7 +183,12 @@ def peak(what: str, batch: int) -> int:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _peak_resident() - before
+
+
+def _peak_resident() -> int:
+    # Not getrusage's: that of a process includes what its parent held when it was started.
+    return memory_used(torch.device("cpu"))["peak_resident_bytes"]
 
 
 def memory() -> Iterator[str]:
