@@ -35,15 +35,19 @@ from dpctl.sample import Wish, sample_bytes
 from dpctl.signature import sample_size
 from dpctl.units import count, percent
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "pruning" / "before_finetuning.json"
+OUT = Path(__file__).resolve().parent.parent / "docs" / "pruning" / "before_finetuning.json"
 BEGIN, END = "<!-- before-finetuning: begin -->", "<!-- before-finetuning: end -->"
 
 MODEL, SEED, STEPS, SCHEDULER = "reference", 0, 20, "ddim"
 PROBE: dict[str, Any] = {"count": 64, "timesteps": 8, "seed": SEED, "stream": "before-finetuning"}
-HALF = PruneRecipe(target_macs=0.5, align=16, seed=SEED)
+HALF = PruneRecipe(target_macs=0.5, align=16, compensate=True, seed=SEED)
 CRITERIA = ("random", "magnitude", "taylor", "fisher", "diff-pruning")
-# What differs from the criterion's defaults, under diff-pruning with compensation.
+# What the arms of each table change in HALF.
+COMPENSATION: dict[str, dict[str, Any]] = {
+    f"{criterion}{suffix}": {"criterion": criterion, "compensate": bool(suffix)}
+    for criterion in CRITERIA
+    for suffix in ("", "-compensated")
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "heads": {"heads": True},
     "norm-groups": {"norm_groups": True},
@@ -54,31 +58,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "threshold-0.02": {"threshold": 0.02},
     "threshold-0.2": {"threshold": 0.2},
 }
-BOTH = tuple(f"{criterion}{suffix}" for criterion in CRITERIA for suffix in ("", "-compensated"))
-UNPRUNED, DEFAULT, STOCK, FREE = "unpruned", "diff-pruning-compensated", "stock", "free"
-ARMS = (UNPRUNED, *BOTH, STOCK, FREE, *VARIANTS)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "stock": {"layout": "stock"},
+    "free": {},
+    "free-local": {"scope": "local"},
+    "stock-fisher": {"layout": "stock", "criterion": "fisher"},
+    "free-fisher": {"criterion": "fisher"},
+}
+# Arms that may take what another came to.
+FOLLOWS = {"free": "stock", "free-local": "stock", "free-fisher": "stock-fisher"}
+UNPRUNED, DEFAULT = "unpruned", "diff-pruning-compensated"
+ARMS = (UNPRUNED, *COMPENSATION, *LAYOUTS, *VARIANTS)
 
 Entry = dict[str, Any]
 HEADINGS = ("options", "MACs", "parameters", "denoising loss", "FID", "SSIM to the unpruned")
 
 
 def recipe_of(arm: str, done: dict[str, Entry]) -> PruneRecipe | None:
-    """Return the recipe of an arm, None for the unpruned model; `free` follows what `stock` came to."""
+    """Return the recipe of an arm, None for the unpruned model; the layout `free` follows what `stock` came to."""
     if arm == UNPRUNED:
         return None
-    if arm in BOTH:
-        return dataclasses.replace(
-            HALF, criterion=arm.removesuffix("-compensated"), compensate=arm.endswith("-compensated")
-        )
-    changed = VARIANTS.get(arm, {})
-    if arm == STOCK:
-        changed = {"layout": "stock"}
-    if arm == FREE:
-        if STOCK not in done:
-            raise DpctlError(f"the arm {FREE} has no target", f"no arm {STOCK} in the file", f"run {STOCK} first")
-        share = done[STOCK]["macs"] / done[UNPRUNED]["macs"]
-        changed = {"target_macs": math.floor(1e4 * share) / 1e4}  # as one would type it, and never more
-    return dataclasses.replace(HALF, compensate=True, **changed)
+    recipe = dataclasses.replace(HALF, **(COMPENSATION | LAYOUTS | VARIANTS)[arm])
+    if arm not in FOLLOWS:
+        return recipe
+    other = FOLLOWS[arm]
+    if other not in done:
+        raise DpctlError(f"the arm {arm} has no target", f"no arm {other} in the file", f"run {other} first")
+    share = done[other]["macs"] / done[UNPRUNED]["macs"]
+    return dataclasses.replace(recipe, target_macs=math.floor(1e4 * share) / 1e4)  # as one would type it, and no more
 
 
 class Gauge:
@@ -111,9 +118,8 @@ class Gauge:
         with tempfile.TemporaryDirectory() as folder:
             slim = Path(folder) / "slim"
             manifest = prune(MODEL, slim, recipe)
-            told = {key: manifest.stats["compensation"][key] for key in ("used", "loss")} if recipe.compensate else {}
-            measured = self._measured(slim, Drawn(self.draw(slim), self.baseline, self.space))
-            return measured | ({"compensation": told} if told else {})
+            used = manifest.stats.get("compensation", {"used": False})["used"]
+            return self._measured(slim, Drawn(self.draw(slim), self.baseline, self.space)) | {"compensated": used}
 
     def _measured(self, directory: Path, drawn: Drawn) -> Entry:
         model = load_model(directory)
@@ -173,12 +179,12 @@ def table(title: str, arms: Iterable[str], base: Entry, done: dict[str, Entry]) 
 
 def tables(done: dict[str, Entry]) -> str:
     """Return the three tables as Markdown; arms that are not done have no line."""
-    half = {name: value for name, value in to_dict(HALF).items() if name != "criterion"}
-    best = to_dict(dataclasses.replace(HALF, compensate=True))
+    half = to_dict(HALF)
+    bare = {name: value for name, value in half.items() if name not in ("criterion", "compensate")}
     lines = [
-        *table("Criteria, with compensation and without", (UNPRUNED, *BOTH), half, done),
-        *table("The two layouts at equal MACs", (STOCK, FREE), best, done),
-        *table("How the channels go", (DEFAULT, *VARIANTS), best, done),
+        *table("Criteria, with compensation and without", (UNPRUNED, *COMPENSATION), bare, done),
+        *table("The two layouts at equal MACs", LAYOUTS, half, done),
+        *table("How the channels go", (DEFAULT, *VARIANTS), half, done),
     ]
     return "\n".join([*lines, ""])
 
@@ -203,16 +209,12 @@ def read(path: Path, samples: int) -> Entry:
     return document
 
 
-def saver(path: Path, document: Entry) -> Callable[[], None]:
-    """Return what writes the document: whole or not at all."""
-
-    def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-
-    return save
+def write(path: Path, document: Entry) -> None:
+    """Write the results: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def arguments() -> argparse.Namespace:
@@ -221,7 +223,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="the results, which are gone on with")
     parser.add_argument("--samples", type=int, default=1024, metavar="N", help="pictures of each arm")
     parser.add_argument("--only", action="append", choices=ARMS, metavar="ARM", help=f"one of: {', '.join(ARMS)}")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch")
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page that gets the tables between its markers")
     return parser.parse_args()
 
@@ -229,11 +230,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure what is missing, print the tables; return the exit code."""
     asked = arguments()
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(1)  # sums in one order, however many cores there are
     only = ARMS if asked.only is None else tuple(arm for arm in ARMS if arm in {UNPRUNED, *asked.only})
     try:
         document = read(asked.out, asked.samples)
-        fill(document["arms"], only, Gauge(asked.samples), saver(asked.out, document))
+        fill(document["arms"], only, Gauge(asked.samples), lambda: write(asked.out, document))
         text = tables(document["arms"])
         if asked.page is not None:
             write_between(asked.page, text)

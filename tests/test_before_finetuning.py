@@ -89,6 +89,7 @@ def test_an_arm_is_measured_once_and_is_the_model_of_its_recipe(
     assert set(arms["magnitude"]["figures"]) == {"fid", "kid", "ssim"}
     recipe = script.recipe_of("magnitude", {})
     assert recipe is not None
+    assert not arms["magnitude"]["compensated"]
     assert arms["magnitude"]["digest"] == prune("reference", tmp_path / "slim", recipe).digest
 
     monkeypatch.setattr(script.Gauge, "take", lambda *_: pytest.fail("measured again"))
