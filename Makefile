@@ -20,10 +20,10 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
 
-.PHONY: help setup check test test-all demo evidence rounds bench bench-scoring reference clean distclean
+.PHONY: help setup check test test-all demo evidence rounds before-finetuning bench bench-scoring reference clean distclean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
 
 setup: $(STAMP) ## create .venv and install the pinned versions
 
@@ -78,6 +78,9 @@ rounds: $(STAMP) ## a cut to 20 % of the MACs in three rounds and in one, as man
 	$(BIN)/dpctl run examples/one-cut.toml --out rounds/one-cut
 	$(BIN)/dpctl run examples/rounds.toml --out rounds/three-rounds
 	$(BIN)/python scripts/rounds_against_one_cut.py 'one cut=rounds/one-cut' 'three rounds=rounds/three-rounds'
+
+before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any finetune, half an hour; continues after a stop
+	$(BIN)/python scripts/before_finetuning.py --page docs/pruning.md
 
 bench: $(STAMP) ## measure the demo's models again
 	$(BIN)/dpctl bench reference demo/finetuned --out demo/bench-again --force
