@@ -74,10 +74,15 @@ evidence: $(STAMP) ## the long run behind docs/, about half an hour; continues a
 		docs/evidence/all-threads/*.md
 	echo "[evidence] docs/evidence/report.md; the page is evidence/bench/report.html"
 
-rounds: $(STAMP) ## a cut to 20 % of the MACs in three rounds and in one, as many steps each; continues after a stop
-	$(BIN)/dpctl run examples/one-cut.toml --out rounds/one-cut
-	$(BIN)/dpctl run examples/rounds.toml --out rounds/three-rounds
-	$(BIN)/python scripts/rounds_against_one_cut.py 'one cut=rounds/one-cut' 'three rounds=rounds/three-rounds'
+rounds: $(STAMP) ## a cut to 20 % of the MACs in one and in three rounds, with compensation and without; half an hour, continues
+	mkdir -p rounds
+	for name in one-cut rounds; do
+		sed 's/^align = 8$$/&\ncompensate = false/' examples/$$name.toml > rounds/$$name-plain.toml
+		$(BIN)/dpctl run examples/$$name.toml --out rounds/$$name
+		$(BIN)/dpctl run rounds/$$name-plain.toml --out rounds/$$name-plain
+	done
+	$(BIN)/python scripts/rounds_against_one_cut.py 'one cut=rounds/one-cut' 'three rounds=rounds/rounds' \
+		'one cut, not compensated=rounds/one-cut-plain' 'three rounds, not compensated=rounds/rounds-plain'
 
 before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any finetune, half an hour; continues after a stop
 	$(BIN)/python scripts/before_finetuning.py --page docs/pruning.md
