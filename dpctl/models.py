@@ -19,6 +19,7 @@ from dpctl.artifact import MANIFEST, Manifest
 from dpctl.errors import DpctlError
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
+LOSSES = "losses.json"  # of every step of a training, beside what it trained
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -218,11 +219,11 @@ def write_index(directory: Path, *, unet: Any, scheduler: Any) -> None:
 
 
 def copy_components(source: Path, target: Path) -> None:
-    """Copy everything of a pipeline directory but the network, the manifest and hidden files."""
+    """Copy everything of a pipeline directory but the network, what dpctl wrote beside it, and hidden files."""
     if not (source / "model_index.json").is_file():
         return
     for path in sorted(source.iterdir()):
-        if path.name in ("unet", MANIFEST) or path.name.startswith("."):
+        if path.name in ("unet", MANIFEST, LOSSES) or path.name.startswith("."):
             continue
         if path.is_dir():
             shutil.copytree(path, target / path.name)

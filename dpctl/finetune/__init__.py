@@ -14,11 +14,19 @@ from dpctl.diffusion import require_image_to_image
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
-from dpctl.models import Model, build_unet, load_model, read_config, resolve, save_model, unet_directory, write_pipeline
+from dpctl.models import (
+    LOSSES,
+    Model,
+    build_unet,
+    load_model,
+    read_config,
+    resolve,
+    save_model,
+    unet_directory,
+    write_pipeline,
+)
 from dpctl.recipe import MIXED_PRECISIONS, FinetuneRecipe, LoopRecipe, TrainRecipe, to_dict
 from dpctl.signature import sample_size
-
-LOSSES = "losses.json"
 
 
 def train(

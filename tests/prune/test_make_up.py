@@ -174,3 +174,7 @@ def test_the_manifest_keeps_it_also_after_finetuning(toy_pipeline: Path, toy_ima
     assert tuned is not None
     for entry in ("compensation", "in_parts", "regrouped_norms"):
         assert tuned.stats[entry] == stats[entry]
+    # Cut again, it has no training of its own to tell of.
+    prune(str(tmp_path / "tuned"), tmp_path / "again", replace(recipe, norm_groups=False, only=(), ratio=0.6))
+    assert (tmp_path / "tuned" / "losses.json").is_file()
+    assert not (tmp_path / "again" / "losses.json").exists()
