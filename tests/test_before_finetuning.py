@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from dpctl import artifact
 from dpctl.errors import DpctlError
+from dpctl.models import resolve
 from dpctl.prune import prune
 from dpctl.recipe import to_dict
 from scripts import before_finetuning as script
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def entry(arm: str, done: dict[str, Any], macs: int, fid: float) -> dict[str, Any]:
@@ -108,3 +112,10 @@ def test_an_arm_of_another_recipe_is_measured_again(done: dict[str, Any], monkey
     script.fill(done, list(done), script.Gauge(8), lambda: saved.append(list(done)))
     assert [recipe.layout for recipe in taken] == ["stock"]
     assert len(saved) == 1
+
+
+def test_the_page_shows_the_results_that_lie_beside_it() -> None:
+    shown = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8").split(script.BEGIN)[1].split(script.END)[0]
+    document = json.loads(script.OUT.read_text(encoding="utf-8"))
+    assert shown == f"\n{script.tables(document['arms'])}"
+    assert document["arms"]["unpruned"]["digest"] == artifact.digest(artifact.hash_files(resolve("reference")))
