@@ -70,7 +70,10 @@ Threshold = Annotated[
 ]
 Reduction = Annotated[str, typer.Option("--reduction", help="sum-abs or abs-sum: how w * g is reduced over a channel.")]
 Images = Annotated[int, typer.Option("--images", help="Images that are scored on, with a noise and a timestep each.")]
-Batch = Annotated[int, typer.Option("--batch-size", help="Images in memory at a time.")]
+Batch = Annotated[
+    int,
+    typer.Option("--batch-size", help="Images in memory at a time; compensation takes 8 batches, without gradients."),
+]
 Accumulation = Annotated[int, typer.Option("--accumulation", help="Batches that make one gradient.")]
 Timesteps = Annotated[
     int, typer.Option("--timesteps", help="Parts of the schedule, each of which counts or not as a whole.")
