@@ -30,6 +30,12 @@ def entry(arm: str, done: dict[str, Any], macs: int, fid: float) -> dict[str, An
     }
 
 
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave torch's threads alone: the script sets them, and other tests compare bits with other processes."""
+    monkeypatch.setattr(script.torch, "set_num_threads", lambda count: None)
+
+
 @pytest.fixture
 def done() -> dict[str, Any]:
     found: dict[str, Any] = {}
