@@ -170,9 +170,7 @@ def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progr
     from export.to_onnx import export_model
 
     def work() -> Manifest:
-        return export_model(
-            load_model(model), out, precision=recipe.export.precision, batch=recipe.export.batch, force=True, bar=bar
-        )
+        return export_model(load_model(model), out, recipe.export, force=True, bar=bar)
 
     return _stage(out, to_dict(recipe.export), digest, work)
 

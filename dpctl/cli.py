@@ -154,38 +154,37 @@ def export(
     out: options.Out,
     precision: Annotated[str, typer.Option(help="fp32.")] = EXPORT.precision,
     batch: Annotated[str, typer.Option(help="MIN,OPT,MAX of the UNet's batch.")] = "1,8,64",
+    dynamic_size: options.DynamicSize = None,
+    keep_failed: options.KeepFailed = False,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
     """Export a model to ONNX and check it against torch; a breach of tolerance exits 3 and leaves nothing."""
-    bounds = options.integers(batch, "--batch")
-    if len(bounds) != 3:
-        raise typer.BadParameter("give three numbers, e.g. 1,8,64", param_hint="--batch")
+    recipe = ExportRecipe(
+        precision=precision,
+        batch=options.three(batch, "--batch"),
+        size=options.three(dynamic_size, "--dynamic-size") if dynamic_size is not None else None,
+    )
     from dpctl import inspect
     from dpctl.models import load_model
     from export.to_onnx import export_model
 
-    manifest = export_model(
-        load_model(model),
-        out,
-        precision=precision,
-        batch=(bounds[0], bounds[1], bounds[2]),
-        force=force,
-        bar=progress.bar,
-    )
+    manifest = export_model(load_model(model), out, recipe, force=force, keep_failed=keep_failed, bar=progress.bar)
     _print(inspect.report(manifest, out), json_)
 
 
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
+    backend: Annotated[str, typer.Option(help="What runs it: ort or trt.")] = "ort",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default=False)] = None,
     json_: options.Json = False,
 ) -> None:
     """Repeat the parity check of an exported directory on this machine, without the original model."""
     from dpctl import inspect
     from export.verify import verify_directory
 
-    _print(inspect.parity_report(verify_directory(directory)), json_)
+    _print(inspect.parity_report(verify_directory(directory, backend=backend, device=device)), json_)
 
 
 @app.command()

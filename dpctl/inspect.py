@@ -60,12 +60,17 @@ def _groups(stats: dict[str, Any]) -> list[Any]:
 
 
 def parity_report(parity: dict[str, Any]) -> Report:
-    """Describe the verdict of a parity check."""
+    """Describe the verdict of a parity check: the worst row of the grid, and every check by name."""
     from rich.text import Text
 
     worst = parity.get("worst", {})
-    text = f"parity {parity['verdict']}: " + ", ".join(f"{name} {_shown(value)}" for name, value in worst.items())
-    return Report(parity, [Text(text.rstrip(": "), style="green" if parity["verdict"] == "passed" else "red")])
+    known = {name: value for name, value in worst.items() if not isinstance(value, dict)}
+    text = f"parity {parity['verdict']}: " + ", ".join(f"{name} {_shown(value)}" for name, value in known.items())
+    lines = [Text(text.rstrip(": "), style="green" if parity["verdict"] == "passed" else "red")]
+    for name, check in parity.get("checks", {}).items():
+        told = ", ".join(f"{key} {_shown(value)}" for key, value in check.items() if key != "verdict")
+        lines.append(Text(f"  {name} {check['verdict']}" + (f": {told}" if told else "")))
+    return Report(parity, list(lines))
 
 
 def _shown(value: Any) -> str:

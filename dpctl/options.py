@@ -87,6 +87,18 @@ Compensate = Annotated[
     ),
 ]
 
+DynamicSize = Annotated[
+    str | None,
+    typer.Option(
+        "--dynamic-size",
+        help="MIN,OPT,MAX of the UNet's own height and width (latents count an eighth); fixed without.",
+        show_default=False,
+    ),
+]
+KeepFailed = Annotated[
+    bool, typer.Option("--keep-failed", help="Keep what did not pass the parity check, to look at it; exits 3 anyway.")
+]
+
 
 def names(text: str) -> tuple[str, ...]:
     """Parse ``eager,ort``."""
@@ -107,6 +119,14 @@ def integers(text: str, option: str) -> tuple[int, ...]:
     if min(numbers) < 1:
         raise typer.BadParameter(f"{text!r} holds a number below 1", param_hint=option)
     return numbers
+
+
+def three(text: str, option: str) -> tuple[int, int, int]:
+    """Parse ``1,8,64``; another number of numbers is a usage error (exit 2)."""
+    found = integers(text, option)
+    if len(found) != 3:
+        raise typer.BadParameter(f"{text!r} is not MIN,OPT,MAX, e.g. 1,8,64", param_hint=option)
+    return found[0], found[1], found[2]
 
 
 def recipe(kind: type[R], given: dict[str, Any], **parsed: Any) -> R:

@@ -108,10 +108,11 @@ class PruneRecipe:
 
 @dataclass(frozen=True)
 class ExportRecipe:
-    """`dpctl export`: `batch` is (min, opt, max) of the UNet's batch."""
+    """`dpctl export`: `batch` is (min, opt, max) of the UNet's batch, `size` of its height and width, if dynamic."""
 
     precision: str = "fp32"
     batch: tuple[int, int, int] = (1, 8, 64)
+    size: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 An exported graph declares exactly these tensors; every engine is fed and checked by them.
 """
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpctl.errors import DpctlError
 
-BATCH = "batch"
+BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 OUTPUT = "out_sample"
 DTYPES = ("float32", "int64")
 FAMILIES = ("UNet2DModel", "UNet2DConditionModel")
@@ -26,21 +27,62 @@ class Tensor:
     dtype: str
     shape: tuple[str | int, ...]
 
-    def at(self, batch: int) -> tuple[int, ...]:
-        """Return the concrete shape at a batch size."""
-        return tuple(batch if isinstance(axis, str) else axis for axis in self.shape)
+    def at(self, batch: int, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Return the concrete shape at a batch size and, where height and width are dynamic, at a size (H, W)."""
+        height, width = size or (None, None)
+        axes = {HEIGHT: height, WIDTH: width}
+        found = tuple(
+            (axes.get(axis) if axis in axes else batch) if isinstance(axis, str) else axis for axis in self.shape
+        )
+        if None in found:
+            raise ValueError(f"{self.name} has a dynamic size: {self.shape}")
+        return typing.cast(tuple[int, ...], found)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What height and width, each by itself, may be: (min, opt, max), and what they are multiples of."""
+
+    bounds: tuple[int, int, int]
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        low, best, high = self.bounds
+        if not 1 <= low <= best <= high or any(bound % self.step for bound in self.bounds):
+            raise DpctlError(
+                f"the sizes are not multiples of {self.step} with min <= opt <= max",
+                f"{low},{best},{high}",
+                f"give them as MIN,OPT,MAX of the network's own pixels, in multiples of {self.step}",
+            )
+
+    def __contains__(self, size: int) -> bool:
+        return self.bounds[0] <= size <= self.bounds[2] and size % self.step == 0
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs in the order of the graph, outputs, and (min, opt, max) of the batch axis."""
+    """Inputs in the order of the graph, outputs, (min, opt, max) of the batch axis, and the sizes where dynamic."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     batch: tuple[int, int, int]
+    sizes: Sizes | None = None
 
     def __post_init__(self) -> None:
         check_batch(self.batch)
+
+    def shape(self, tensor: Tensor, batch: int, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Return the shape of one of its tensors at a batch size and a size (H, W), by default the best one."""
+        best = (self.sizes.bounds[1],) * 2 if self.sizes else None
+        return tensor.at(batch, size or best)
+
+    def bounds(self, tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the smallest, the best and the largest shape of one of its tensors: an optimization profile."""
+        sizes = self.sizes.bounds if self.sizes else (None,) * 3
+        low, best, high = (
+            tensor.at(batch, (size, size) if size else None) for batch, size in zip(self.batch, sizes, strict=True)
+        )
+        return low, best, high
 
     def input(self, name: str) -> Tensor:
         """Return the input called `name`."""
@@ -60,31 +102,52 @@ class Signature:
                 f"{batch}; exported for {low} to {high}",
                 "use batches of that size, or export again with another --batch MIN,OPT,MAX",
             )
+        size = self._size(first)
         for name, shape in shapes.items():
-            expected = wanted[name].at(batch)
+            expected = wanted[name].at(batch, size)
             if tuple(shape) != expected:
                 raise DpctlError(f"the input {name} has another shape", f"{list(shape)}", f"give {list(expected)}")
         return batch
+
+    def _size(self, sample: Sequence[int]) -> tuple[int, int] | None:
+        """Return the size of a sample of this shape where it is dynamic; a DpctlError where it is out of range."""
+        if self.sizes is None:
+            return None
+        height, width = sample[-2:] if len(sample) == 4 else (0, 0)
+        if height not in self.sizes or width not in self.sizes:
+            low, _, high = self.sizes.bounds
+            got = f"{height}x{width}; exported for {low} to {high} in multiples of {self.sizes.step}"
+            raise DpctlError(
+                "the size is outside the exported range", got, "use such sizes, or export again with --dynamic-size"
+            )
+        return height, width
 
     def to_json(self) -> dict[str, Any]:
         """Return the signature as plain JSON values."""
         plain = asdict(self)
         for tensor in (*plain["inputs"], *plain["outputs"]):
             tensor["shape"] = list(tensor["shape"])
-        return {"inputs": list(plain["inputs"]), "outputs": list(plain["outputs"]), "batch": list(self.batch)}
+        sizes = {"bounds": list(self.sizes.bounds), "step": self.sizes.step} if self.sizes else None
+        return {
+            "inputs": list(plain["inputs"]),
+            "outputs": list(plain["outputs"]),
+            "batch": list(self.batch),
+            **({"sizes": sizes} if sizes else {}),
+        }
 
     @classmethod
     def from_json(cls, values: Any) -> "Signature":
         """Read what `to_json` wrote, strictly: anything else is a DpctlError."""
         try:
             inputs, outputs = (tuple(_tensor(tensor) for tensor in values[side]) for side in ("inputs", "outputs"))
-            low, best, high = (_size(bound) for bound in values["batch"])
-            if not (inputs and outputs and len(values) == 3):
+            batch, sizes = _bounds(values["batch"]), values.get("sizes")
+            if not (inputs and outputs and len(values) == 3 + (sizes is not None)):
                 raise ValueError("entries missing or unknown")
+            found = Sizes(_bounds(sizes["bounds"]), _size(sizes["step"])) if sizes is not None else None
         except (KeyError, TypeError, ValueError) as problem:
             got = f"{type(problem).__name__}: {problem}"
             raise DpctlError("the artifact's signature cannot be read", got, "export the model again") from None
-        return cls(inputs, outputs, (low, best, high))
+        return cls(inputs, outputs, batch, found)
 
 
 def check_batch(batch: tuple[int, int, int]) -> None:
@@ -98,16 +161,21 @@ def check_batch(batch: tuple[int, int, int]) -> None:
         )
 
 
-def of_unet(config: Mapping[str, Any], batch: tuple[int, int, int] = (1, 8, 64)) -> Signature:
+def of_unet(
+    config: Mapping[str, Any],
+    batch: tuple[int, int, int] = (1, 8, 64),
+    sizes: tuple[int, int, int] | None = None,
+) -> Signature:
     """Return the signature of a UNet (pruned or not) from its config.json, defaults included.
 
-    `timestep` is float32, since schedulers such as Euler give fractional ones. Raises a DpctlError for an impossible
-    batch range and for a network whose inputs this contract does not name.
+    `timestep` is float32, since schedulers such as Euler give fractional ones. Height and width are the config's own,
+    or dynamic within the bounds `sizes`. Raises a DpctlError for an impossible range and for a network whose inputs
+    this contract does not name.
     """
     family = str(config.get("_class_name")).removeprefix(PRUNED)
     if family not in FAMILIES:
         raise DpctlError("this kind of network is not supported yet", family, f"bring one of: {', '.join(FAMILIES)}")
-    height, width = sample_size(config)
+    height, width = sample_size(config) if sizes is None else (HEIGHT, WIDTH)
     inputs = [
         Tensor("sample", "float32", (BATCH, config["in_channels"], height, width)),
         Tensor("timestep", "float32", (BATCH,)),
@@ -119,7 +187,9 @@ def of_unet(config: Mapping[str, Any], batch: tuple[int, int, int] = (1, 8, 64))
     if family == "UNet2DConditionModel":
         inputs += _conditions(config)
     output = Tensor(OUTPUT, "float32", (BATCH, config["out_channels"], height, width))
-    return Signature(tuple(inputs), (output,), batch)
+    # Every level but the last halves the picture, and what comes up again must fit what went down.
+    step = 2 ** (len(config.get("block_out_channels", ())) - 1) if sizes else 1
+    return Signature(tuple(inputs), (output,), batch, Sizes(sizes, step) if sizes else None)
 
 
 def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -172,6 +242,11 @@ def _tensor(values: Any) -> Tensor:
     if not (isinstance(name, str) and name and dtype in DTYPES and isinstance(shape, list) and len(values) == 3):
         raise ValueError(f"not a tensor: {values}")
     return Tensor(name, dtype, tuple(axis if isinstance(axis, str) and axis else _size(axis) for axis in shape))
+
+
+def _bounds(values: Any) -> tuple[int, int, int]:
+    low, best, high = (_size(bound) for bound in values)
+    return low, best, high
 
 
 def _size(value: Any) -> int:

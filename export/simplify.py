@@ -54,6 +54,7 @@ def _channel_affines(graph: ir.Graph) -> None:
         values = {"scale": scale, "shift": shift, "mean": np.zeros_like(scale), "variance": np.ones_like(scale)}
         inputs = [data, *(_constant(graph, f"{name}.{key}", value) for key, value in values.items())]
         node = ir.node("BatchNormalization", inputs, attributes={"epsilon": 0.0}, name=add.name)
+        node.metadata_props.update(add.metadata_props)
         node.outputs[0].shape, node.outputs[0].type = add.outputs[0].shape, add.outputs[0].type
         ir.convenience.replace_nodes_and_values(graph, add, [mul, add], [node], [add.outputs[0]], [node.outputs[0]])
 

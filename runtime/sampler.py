@@ -22,18 +22,19 @@ def sample(
     indices: Sequence[int],
     num_inference_steps: int,
     conditions: Mapping[str, Tensor] | None = None,
+    size: tuple[int, int] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw the samples `indices` of `seed`: images [B, C, H, W], float32 in [-1, 1], on the processor.
 
     Sample i of a seed is the same image in every batch. A class-conditional network without `conditions` draws
-    class i modulo the number of classes. `on_step(i, x_t)` is called after step i has been handed to the device.
-    `scheduler` is not changed. Raises a DpctlError for a number of steps that the scheduler cannot
-    take and for samples that are not finite.
+    class i modulo the number of classes. `size` (H, W) is the config's own unless given. `on_step(i, x_t)` is called
+    after step i has been handed to the device. `scheduler` is not changed. Raises a DpctlError for a number of steps
+    that the scheduler cannot take and for samples that are not finite.
     """
     config, device = denoiser.config, denoiser.device
     scheduler = _started(scheduler, num_inference_steps)
-    shape = (config.in_channels, *sample_size(config))
+    shape = (config.in_channels, *(size or sample_size(config)))
     conditions = _default_conditions(config, indices) if conditions is None else conditions
     conditions = {name: value.to(device) for name, value in conditions.items()}
 

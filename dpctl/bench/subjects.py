@@ -10,7 +10,7 @@ from dpctl.artifact import Manifest
 from dpctl.bench.result import EAGER, Model
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, resolve
-from dpctl.recipe import BenchRecipe
+from dpctl.recipe import BenchRecipe, ExportRecipe
 
 # Samples for the quality are drawn in batches of this size, where the exported range allows it.
 DRAWN_TOGETHER = 64
@@ -145,7 +145,8 @@ def cached_export(model: Model, largest: int, bar: progress.Bar) -> Path:
     directory = cache() / key[:32]
     manifest = artifact.read_manifest(directory) if directory.is_dir() else None
     if manifest is None or not _serves(manifest, model, largest) or artifact.hash_files(directory) != manifest.files:
-        export_model(load_model(model.source), directory, batch=(1, min(8, high), high), force=True, bar=bar)
+        recipe = ExportRecipe(batch=(1, min(8, high), high))
+        export_model(load_model(model.source), directory, recipe, force=True, bar=bar)
     return directory
 
 

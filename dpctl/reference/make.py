@@ -143,7 +143,7 @@ def _network() -> Any:
 def _write_features(network: Any, test: Any, accuracy: float) -> None:
     import torch
 
-    from export.to_onnx import clear_notes
+    from export.graph import clear_notes
 
     batch = torch.export.Dim("batch", min=1, max=65536)
     program = torch.onnx.export(

@@ -1,1 +1,5 @@
-"""One file per backend, named as on the command line; each has `open_denoiser(directory, *, threads, device)`."""
+"""One file per backend, named as on the command line.
+
+Each has `open_denoiser(directory, *, threads, device)` and says in RUNS_EXPORTED whether it takes exported directories,
+then also with `failed=True`, for `dpctl verify`.
+"""

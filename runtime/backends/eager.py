@@ -10,6 +10,8 @@ from dpctl.models import load_model
 from runtime.denoiser import find_device, memory_used, synchronize
 from runtime.network import Network
 
+RUNS_EXPORTED = False
+
 
 class EagerDenoiser:
     """A Denoiser over a UNet in memory, on the device and with the dtype that the UNet has."""
@@ -27,7 +29,13 @@ class EagerDenoiser:
 
     @torch.inference_mode()
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
-        return self._network(sample.to(self.device, self.dtype), timestep.to(self.device), **conditions)
+        given = {"sample": sample, "timestep": timestep, **conditions}
+        return self._network(**{name: self._taken(value, name) for name, value in given.items()}).float()
+
+    def _taken(self, value: Tensor, name: str) -> Tensor:
+        # Timesteps stay float32 (999 is not exact in bf16), and labels are whole numbers.
+        narrow = value.is_floating_point() and name != "timestep"
+        return value.to(self.device, self.dtype if narrow else None)
 
     def synchronize(self) -> None:
         synchronize(self.device)

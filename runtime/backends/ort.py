@@ -1,6 +1,7 @@
 """ONNX Runtime over an exported directory: the processor, or a CUDA GPU, never the one in place of the other."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from dpctl.models import read_config
 from dpctl.signature import Signature
 from runtime.denoiser import find_device, memory_used, synchronize
 
+RUNS_EXPORTED = True
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 GRAPH = re.compile(r"unet/model\.\w+\.onnx")
@@ -49,7 +51,8 @@ class OrtDenoiser:
             self._binding.bind_input(wanted.name, *self._place(value, wanted.dtype))
             bound.append(value)
         output = self.signature.outputs[0]
-        result = torch.empty(output.at(batch), device=self.device)
+        size = (sample.shape[2], sample.shape[3]) if self.signature.sizes else None
+        result = torch.empty(output.at(batch, size), device=self.device)
         self._binding.bind_output(output.name, *self._place(result, output.dtype))
         # ONNX Runtime's own CUDA stream does not wait for torch's; the run itself ends synchronised.
         synchronize(self.device)
@@ -66,17 +69,22 @@ class OrtDenoiser:
         return memory_used(self.device)
 
 
-def open_denoiser(directory: Path, *, threads: int | None = None, device: str | None = None) -> OrtDenoiser:
+def open_denoiser(
+    directory: Path, *, threads: int | None = None, device: str | None = None, failed: bool = False
+) -> OrtDenoiser:
     """Open an exported directory after checking it against its manifest.
 
-    Raises a DpctlError for a directory that was not exported, changed files, a missing library or provider, and a
-    graph that declares other tensors than the signature.
+    Raises a DpctlError for a directory that was not exported, changed files, a missing library or provider, a graph
+    that declares other tensors than the signature, and one that did not pass its parity check, unless it may have
+    `failed`.
     """
     from diffusers.configuration_utils import FrozenDict
 
     target = find_device(device)
     onnxruntime = require(target.type)
-    manifest = _exported(directory)
+    manifest = exported(directory)
+    if not failed:
+        refuse_failed(directory, manifest)
     artifact.verify_files(directory, manifest)
     signature = Signature.from_json(manifest.signature)
     session = _session(onnxruntime, _graph(directory, manifest), threads or torch.get_num_threads(), target)
@@ -97,7 +105,22 @@ def require(device: str = "cpu") -> ModuleType:
     return onnxruntime
 
 
-def _exported(directory: Path) -> Manifest:
+def run_graph(graph: Path, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+    """Run a graph once on the processor, with arrays by name, and return the outputs asked for."""
+    session = _session(require(), graph, torch.get_num_threads(), torch.device("cpu"))
+    return list(session.run(list(outputs), dict(inputs)))
+
+
+def refuse_failed(directory: Path, manifest: Manifest) -> None:
+    """Raise a DpctlError for an export that was kept although it did not pass."""
+    if (manifest.parity or {}).get("verdict") == "failed":
+        raise DpctlError(
+            "this export did not pass its parity check", str(directory), "see `dpctl verify`, and export again"
+        )
+
+
+def exported(directory: Path) -> Manifest:
+    """Return the manifest of an exported directory; a DpctlError for any other."""
     manifest = artifact.read_manifest(directory)
     if manifest is None or manifest.kind != "exported" or manifest.signature is None:
         kind = f"a {manifest.kind} model" if manifest is not None else "no dpctl.json"

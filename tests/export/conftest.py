@@ -62,10 +62,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def exported(model: Any) -> Path:
+    from dpctl.recipe import ExportRecipe
     from export import export_model
 
     out = model.directory.with_name("exported")
-    export_model(model, out, batch=BATCH)
+    export_model(model, out, ExportRecipe(batch=BATCH))
     return out
 
 

@@ -10,12 +10,14 @@ import torch
 from dpctl import artifact
 from dpctl.errors import DpctlError, GateError
 from dpctl.models import load_model, read_config
+from dpctl.recipe import ExportRecipe
 from dpctl.signature import Signature, of_unet
-from export import export_model, to_onnx, verify
+from export import export_model, graph, to_onnx, verify
+from export import golden as golden_file
 from runtime import open_denoiser, sample
 from runtime.network import Network
 
-GRAPH = "unet/model.fp32.onnx"
+GRAPH, BATCH = "unet/model.fp32.onnx", (1, 2, 4)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_the_manifest_names_the_parent_the_signature_and_the_parity(plain: Any, 
     assert manifest.stats["params"] == sum(parameter.numel() for parameter in plain.unet.parameters())
     assert manifest.stats["bytes"] == (plain_exported / GRAPH).stat().st_size
     parity = manifest.parity or {}
-    assert (parity["verdict"], parity["opset"], parity["batch_sizes"]) == ("passed", to_onnx.OPSET, [1, 4])
+    assert (parity["verdict"], parity["opset"], parity["batch_sizes"]) == ("passed", graph.OPSET, [1, 4])
     artifact.verify_files(plain_exported, manifest)
 
 
@@ -68,7 +70,7 @@ def test_the_graph_declares_the_signature_and_says_what_it_came_from(plain: Any,
     assert told["dpctl_version"]
     assert [value.name for value in model.graph.input] == [tensor.name for tensor in signature.inputs]
     assert [value.name for value in model.graph.output] == ["out_sample"]
-    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [to_onnx.OPSET]
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [graph.OPSET]
     for value in (*model.graph.input, *model.graph.output):
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         assert axes[0] == "batch"
@@ -86,7 +88,7 @@ def test_the_same_model_gives_the_same_graph_without_a_word(
     plain: Any, plain_exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: Any
 ) -> None:
     signature = of_unet(read_config(plain.directory), (1, 2, 4))
-    to_onnx.write_graph(Network(plain.unet).eval(), signature, tmp_path / "again", {"parent_digest": plain.digest})
+    graph.write_graph(Network(plain.unet).eval(), signature, tmp_path / "again", {"parent_digest": plain.digest})
     assert (tmp_path / "again").read_bytes() == (plain_exported / GRAPH).read_bytes()
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
@@ -118,7 +120,7 @@ def test_a_bare_unet_becomes_a_pipeline(plain: Any, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     del config["num_class_embeds"], config["time_embedding_type"]  # a hand-written config leaves defaults out
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
-    export_model(load_model(tmp_path / "bare"), tmp_path / "out", batch=(1, 2, 4))
+    export_model(load_model(tmp_path / "bare"), tmp_path / "out", ExportRecipe(batch=(1, 2, 4)))
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
     assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").is_file()
@@ -133,26 +135,44 @@ def test_an_existing_output_is_replaced_by_force_only(plain: Any, tmp_path: Path
     out.mkdir()
     (out / "bench.json").write_text("an earlier output of ours")
     with pytest.raises(DpctlError, match="--force"):
-        export_model(plain, out)
+        export_model(plain, out, ExportRecipe(batch=BATCH))
     assert files(out) == {"bench.json"}
-    export_model(plain, out, force=True)
+    export_model(plain, out, ExportRecipe(batch=BATCH), force=True)
     assert "bench.json" not in files(out)
 
 
-@pytest.mark.usefixtures("instant")
-def test_a_breach_of_tolerance_leaves_no_directory(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = to_onnx.golden_of
+@pytest.fixture
+def wrong(instant: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch's own outputs differ from the graph's at the fourth timestep."""
+    right = golden_file.make
 
-    def wrong(*args: Any) -> dict[str, Any]:
+    def make(*args: Any) -> golden_file.Golden:
         golden = right(*args)
-        golden["out_sample"][3] *= 1.001
+        golden.grid["out_sample"][3] *= 1.001
         return golden
 
-    monkeypatch.setattr(to_onnx, "golden_of", wrong)
-    with pytest.raises(GateError, match="tolerance") as caught:
-        export_model(plain, tmp_path / "out")
+    monkeypatch.setattr(golden_file, "make", make)
+
+
+@pytest.mark.usefixtures("wrong")
+def test_a_breach_of_tolerance_leaves_no_directory(plain: Any, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"grid failed .*; worst at timestep .*; worst tensor \S+") as caught:
+        export_model(plain, tmp_path / "out", ExportRecipe(batch=BATCH))
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("wrong")
+def test_what_failed_is_kept_on_request_and_says_so(plain: Any, tmp_path: Path) -> None:
+    with pytest.raises(GateError):
+        export_model(plain, tmp_path / "out", ExportRecipe(batch=BATCH), keep_failed=True)
+    manifest = artifact.read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert (manifest.parity or {})["verdict"] == "failed"
+    with pytest.raises(DpctlError, match="did not pass"):
+        open_denoiser(tmp_path / "out", "ort")
+    with pytest.raises(GateError, match="grid failed"):
+        verify.verify_directory(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -167,13 +187,13 @@ def test_what_cannot_be_exported_is_refused_at_once(
     plain: Any, tmp_path: Path, kwargs: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(DpctlError, match=words):
-        export_model(plain, tmp_path / "out", **kwargs)
+        export_model(plain, tmp_path / "out", ExportRecipe(**kwargs))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("instant")
 def test_every_file_is_as_readable_as_the_next(plain: Any, tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("")
-    export_model(plain, tmp_path / "out")
-    golden = tmp_path / "out" / verify.GOLDEN
+    export_model(plain, tmp_path / "out", ExportRecipe(batch=BATCH))
+    golden = tmp_path / "out" / golden_file.GOLDEN
     assert golden.stat().st_mode == (tmp_path / "probe").stat().st_mode

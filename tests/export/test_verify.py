@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpctl import artifact
 from dpctl.errors import DpctlError, GateError
 from dpctl.signature import of_unet
+from export import golden as golden_file
 from export import verify, verify_directory
+from export.golden import Golden
 from runtime.backends.eager import EagerDenoiser
 from runtime.network import Network
 
@@ -26,8 +28,8 @@ def copied(plain_exported: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def golden(plain_exported: Path) -> dict[str, Tensor]:
-    return load_file(plain_exported / verify.GOLDEN)
+def golden(plain: Any, plain_exported: Path) -> Golden:
+    return golden_file.load(plain_exported, of_unet({"_class_name": "UNet2DModel", **plain.unet.config}))
 
 
 def rewrite_manifest(directory: Path, **changed: Any) -> None:
@@ -38,21 +40,23 @@ def rewrite_manifest(directory: Path, **changed: Any) -> None:
     (directory / artifact.MANIFEST).write_text(manifest.to_json())
 
 
-def parity_of(plain: Any, golden: dict[str, Tensor], change: Any, batch: tuple[int, int, int] = (1, 2, 4)) -> Any:
+def parity_of(plain: Any, golden: Golden, change: Any, batch: tuple[int, int, int] = (1, 2, 4)) -> Any:
     """Return the parity of torch's own network after `change` has had its way with inputs and output."""
     right = EagerDenoiser(plain.unet)
 
     class Changed:
+        config, device, dtype = right.config, right.device, right.dtype
+
         def __call__(self, sample: Tensor, timestep: Tensor) -> Tensor:
             return change(right, sample, timestep)
 
     config = {"_class_name": "UNet2DModel", **plain.unet.config}
     denoiser: Any = Changed()
-    return verify.measure(denoiser, golden, of_unet(config, batch), 1e-4)
+    return verify.measure(denoiser, golden, of_unet(config, batch), plain.scheduler.config)
 
 
 def test_the_grid_is_the_schedulers_own_timesteps_dense_at_the_start_and_one_fraction() -> None:
-    grid = verify.timestep_grid(DDPMScheduler())
+    grid = golden_file.timestep_grid(DDPMScheduler())
     whole = grid[grid == grid.round()]
     assert (whole[0], whole[-1], len(whole)) == (0, 999, 8)
     assert (whole.diff().diff() > 0).all()
@@ -61,8 +65,8 @@ def test_the_grid_is_the_schedulers_own_timesteps_dense_at_the_start_and_one_fra
 
 
 def test_the_grid_of_a_short_or_fractional_schedule_is_sound() -> None:
-    assert verify.timestep_grid(DDPMScheduler(num_train_timesteps=3)).tolist() == [0, 0.5, 1, 2]
-    grid = verify.timestep_grid(EulerDiscreteScheduler(timestep_spacing="linspace"))
+    assert golden_file.timestep_grid(DDPMScheduler(num_train_timesteps=3)).tolist() == [0, 0.5, 1, 2]
+    grid = golden_file.timestep_grid(EulerDiscreteScheduler(timestep_spacing="linspace"))
     assert len(grid) == 9
     assert (grid.min(), grid.max()) == (0, 999)
 
@@ -70,7 +74,7 @@ def test_the_grid_of_a_short_or_fractional_schedule_is_sound() -> None:
 def test_golden_inputs_are_the_same_every_time_and_of_unit_scale() -> None:
     signature = of_unet({"_class_name": "UNet2DModel", "sample_size": [8, 12], "in_channels": 3, "out_channels": 3})
     timesteps = torch.tensor([0.0, 10.0, 999.0])
-    first, again = (verify.golden_inputs(signature, timesteps, 2) for _ in range(2))
+    first, again = (golden_file.inputs(signature, timesteps, 2) for _ in range(2))
     assert first["sample"].shape == (3, 3, 8, 12)
     assert first["class_labels"].tolist() == [0, 1, 0]
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -83,22 +87,22 @@ def test_a_network_that_gives_nan_itself_is_named_by_its_timestep(plain: Any) ->
 
     inputs = {"sample": torch.ones(2, 1, 8, 8), "timestep": torch.tensor([3.0, 0.0])}
     with pytest.raises(DpctlError, match="at timestep 0"):
-        verify.make_golden(network, inputs)
+        golden_file.with_outputs(network, inputs)
 
 
-def test_torch_agrees_with_itself(plain: Any, golden: dict[str, Tensor]) -> None:
+def test_torch_agrees_with_itself(plain: Any, golden: Golden) -> None:
     parity = parity_of(plain, golden, lambda right, sample, timestep: right(sample, timestep))
     assert parity["verdict"] == "passed"
     assert parity["batch_sizes"] == [1, 4]
     assert parity["worst"]["max_over_std"] < 1e-5
-    assert [row["timestep"] for row in parity["timesteps"]] == golden["timestep"].tolist()
+    assert [row["timestep"] for row in parity["timesteps"]] == golden.grid["timestep"].tolist()
 
 
 @pytest.mark.parametrize(
     ("batch", "sizes"), [((1, 1, 1), [1]), ((4, 4, 4), [4]), ((2, 4, 64), [2, 9]), ((16, 16, 16), [16])]
 )
 def test_the_batch_sizes_stay_within_the_exported_range(
-    plain: Any, golden: dict[str, Tensor], batch: tuple[int, int, int], sizes: list[int]
+    plain: Any, golden: Golden, batch: tuple[int, int, int], sizes: list[int]
 ) -> None:
     seen: set[int] = set()
 
@@ -106,7 +110,8 @@ def test_the_batch_sizes_stay_within_the_exported_range(
         seen.add(len(sample))
         return right(sample, timestep)
 
-    parity = parity_of(plain, golden, watched, batch)
+    # Its sampling run was made for another range.
+    parity = parity_of(plain, dataclasses.replace(golden, samples=None), watched, batch)
     assert parity["batch_sizes"] == sorted(seen) == sizes
     assert parity["verdict"] == "passed"
 
@@ -121,15 +126,15 @@ def test_the_batch_sizes_stay_within_the_exported_range(
         pytest.param(lambda right, x, t: right(x, t).half().float(), id="half precision"),
     ],
 )
-def test_a_mistake_of_the_graph_does_not_pass(plain: Any, golden: dict[str, Tensor], mistake: Any) -> None:
+def test_a_mistake_of_the_graph_does_not_pass(plain: Any, golden: Golden, mistake: Any) -> None:
     parity = parity_of(plain, golden, mistake)
     assert parity["verdict"] == "failed"
     with pytest.raises(GateError):
         verify.gate(parity, Path("out"))
 
 
-def test_nan_at_one_timestep_fails_and_is_named(plain: Any, golden: dict[str, Tensor]) -> None:
-    last = golden["timestep"].max()
+def test_nan_at_one_timestep_fails_and_is_named(plain: Any, golden: Golden) -> None:
+    last = golden.grid["timestep"].max()
 
     def overflowing(right: Any, sample: Tensor, timestep: Tensor) -> Tensor:
         return right(sample, timestep).masked_fill((timestep == last)[:, None, None, None], math.nan)
@@ -147,7 +152,13 @@ def test_an_exported_directory_passes_again_without_the_weights(plain_exported: 
     assert manifest is not None
     recorded = manifest.parity or {}
     assert parity.keys() == recorded.keys()
-    assert (parity["verdict"], parity["tolerance"], parity["opset"]) == ("passed", 1e-4, recorded["opset"])
+    assert (parity["verdict"], parity["precision"], parity["opset"]) == ("passed", "fp32", recorded["opset"])
+    assert {name: check["verdict"] for name, check in parity["checks"].items()} == {
+        "grid": "passed",
+        "guidance": "not run here",
+        "other size": "not run here",
+        "sampling": "passed",
+    }
 
 
 def test_a_changed_graph_is_refused_before_it_runs(copied: Path) -> None:
@@ -168,14 +179,14 @@ def test_a_graph_changed_together_with_its_manifest_does_not_pass_the_gate(copie
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
     (copied / GRAPH).write_bytes(model.SerializeToString())
     rewrite_manifest(copied)
-    with pytest.raises(GateError, match="tolerance 1e-04") as caught:
+    with pytest.raises(GateError, match=r"grid failed \(error .*, tolerance 1\.0e-04\)") as caught:
         verify_directory(copied)
     assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize("consistent", [False, True])
 def test_truncated_golden_outputs_are_a_clean_error(copied: Path, consistent: bool) -> None:
-    path = copied / verify.GOLDEN
+    path = copied / golden_file.GOLDEN
     path.write_bytes(path.read_bytes()[:-100])
     if consistent:
         rewrite_manifest(copied)
@@ -184,14 +195,14 @@ def test_truncated_golden_outputs_are_a_clean_error(copied: Path, consistent: bo
     assert caught.value.exit_code == 1
 
 
-def test_golden_outputs_of_another_model_are_refused(copied: Path, golden: dict[str, Tensor]) -> None:
-    save_file({name: value for name, value in golden.items() if name != "sample"}, copied / verify.GOLDEN)
+def test_golden_outputs_of_another_model_are_refused(copied: Path, golden: Golden) -> None:
+    save_file({name: value for name, value in golden.grid.items() if name != "sample"}, copied / golden_file.GOLDEN)
     rewrite_manifest(copied)
     with pytest.raises(DpctlError, match="not those of the signature"):
         verify_directory(copied)
 
 
-@pytest.mark.parametrize("parity", [None, {}, {"tolerance": "large"}])
+@pytest.mark.parametrize("parity", [None, {}, {"precision": 16}])
 def test_a_manifest_without_parity_is_refused(copied: Path, parity: Any) -> None:
     rewrite_manifest(copied, parity=parity)
     with pytest.raises(DpctlError, match="no parity"):
@@ -203,8 +214,8 @@ def test_a_model_that_was_not_exported_is_refused(plain: Any) -> None:
         verify_directory(plain.directory)
 
 
-def test_golden_rows_are_torchs_own(plain: Any, golden: dict[str, Tensor]) -> None:
-    inputs = {name: golden[name] for name in ("sample", "timestep")}
+def test_golden_rows_are_torchs_own(plain: Any, golden: Golden) -> None:
+    inputs = {name: golden.grid[name] for name in ("sample", "timestep")}
     with torch.no_grad():
         expected = Network(plain.unet)(**inputs)
-    torch.testing.assert_close(golden["out_sample"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(golden.grid["out_sample"], expected, rtol=1e-4, atol=1e-5)

@@ -33,8 +33,9 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported_directory(model_directory: Path) -> Path:
     """Shared: copy it before changing a file."""
     from dpctl.models import load_model
+    from dpctl.recipe import ExportRecipe
     from export import export_model
 
     directory = model_directory.with_name("exported")
-    export_model(load_model(model_directory), directory, batch=(1, 2, 4))
+    export_model(load_model(model_directory), directory, ExportRecipe(batch=(1, 2, 4)))
     return directory
