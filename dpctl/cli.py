@@ -153,8 +153,11 @@ def export(
     model: options.ModelArgument,
     out: options.Out,
     precision: Annotated[str, typer.Option(help="fp32.")] = EXPORT.precision,
-    batch: Annotated[str, typer.Option(help="MIN,OPT,MAX of the UNet's batch.")] = "1,8,64",
+    batch: Annotated[
+        str, typer.Option(help="MIN,OPT,MAX of images at a time; guidance doubles the UNet's batch.")
+    ] = "1,8,64",
     dynamic_size: options.DynamicSize = None,
+    components: options.Components = False,
     keep_failed: options.KeepFailed = False,
     force: options.Force = False,
     json_: options.Json = False,
@@ -164,6 +167,7 @@ def export(
         precision=precision,
         batch=options.three(batch, "--batch"),
         size=options.three(dynamic_size, "--dynamic-size") if dynamic_size is not None else None,
+        components=components,
     )
     from dpctl import inspect
     from dpctl.models import load_model

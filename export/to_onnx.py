@@ -11,8 +11,9 @@ from dpctl.artifact import MANIFEST, Manifest
 from dpctl.errors import DpctlError, GateError
 from dpctl.models import Model, copy_components, read_config
 from dpctl.recipe import ExportRecipe, to_dict
-from dpctl.signature import Signature, Sizes, check_batch, of_unet
+from dpctl.signature import Signature, Sizes, check_batch, of_unet, rows_of
 from export import golden, verify
+from export.components import export_components, load_components
 from export.graph import OPSET, write_graph
 from export.worst import worst_tensor
 from runtime.backends.eager import EagerDenoiser
@@ -39,13 +40,17 @@ def export_model(
     recipe = recipe or ExportRecipe()
     check(recipe)
     require()
-    signature = of_unet({**model.unet.config, "_class_name": type(model.unet).__name__}, recipe.batch, recipe.size)
+    config = {**model.unet.config, "_class_name": type(model.unet).__name__}
+    signature = of_unet(config, rows_of(config, recipe.batch), recipe.size)
     network = Network(model.unet).eval()
+    # Loaded first: what is wrong with them costs no export.
+    others = load_components(model, signature, recipe.batch) if recipe.components else []
     failure: GateError | None = None
     with artifact.writing(out, force=force) as directory, bar("export", 3) as advance:
         write_components(model, directory)
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
         write_graph(network, signature, graph, {"parent_digest": model.digest})
+        parts = export_components(others, model.digest, directory)
         advance(1)
         made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
         golden.store(directory, made)
@@ -57,7 +62,8 @@ def export_model(
             | cost.stats(model.unet)
             | {"bytes": cost.file_bytes(directory)},
             signature=signature.to_json(),
-            parity={"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": OPSET},
+            parity={"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": OPSET}
+            | ({"components": parts} if parts else {}),
             **artifact.descent(model.manifest, model.digest, model.source),
         )
         advance(1)

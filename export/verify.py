@@ -51,7 +51,7 @@ def measure(
     rows = judged([compare(output, grid[OUTPUT]) for output in outputs], own.get("relative_l2"))
     rows = [{"timestep": float(t), **row} for t, row in zip(grid["timestep"], rows, strict=True)]
     checks = {
-        "grid": _check(rows),
+        "grid": check_rows(rows),
         "guidance": _guidance(outputs, grid, own),
         "other size": _other_size(denoiser, golden, signature, own),
         "sampling": _sampling(denoiser, golden, signature, scheduler, own),
@@ -132,7 +132,7 @@ def _excess(row: Mapping[str, Any]) -> float:
     return row["error"] / row["allowed"] if row["finite"] and row["allowed"] else math.inf
 
 
-def _check(rows: Rows) -> dict[str, Any]:
+def check_rows(rows: Rows) -> dict[str, Any]:
     """Return the verdict on some rows, with the largest error and what is allowed for it."""
     worst = max(rows, key=_excess)
     return {"verdict": PASSED if _excess(worst) <= 1 else FAILED, "error": worst["error"], "allowed": worst["allowed"]}
@@ -148,7 +148,7 @@ def _guidance(outputs: list[Tensor], grid: Mapping[str, Tensor], own: Mapping[st
     expected = guided(grid[OUTPUT])
     runs = [compare(guided(output), expected) for output in outputs]
     # What guidance makes of an error of each side at most.
-    return _check(judged(runs, own.get("guided_relative_l2"), times=2 * GUIDANCE - 1))
+    return check_rows(judged(runs, own.get("guided_relative_l2"), times=2 * GUIDANCE - 1))
 
 
 def _other_size(denoiser: Denoiser, golden: Golden, signature: Signature, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _other_size(denoiser: Denoiser, golden: Golden, signature: Signature, own: M
         return _not_run("height and width are fixed")
     low = signature.batch[0]
     output = in_batches(denoiser, rows, signature, low)
-    return _check(judged([compare(output, rows[OUTPUT])], own.get("other_size_relative_l2")))
+    return check_rows(judged([compare(output, rows[OUTPUT])], own.get("other_size_relative_l2")))
 
 
 def _sampling(
@@ -177,10 +177,11 @@ def gate(parity: Mapping[str, Any], where: Path) -> None:
     if parity["verdict"] == PASSED:
         return
     worst = parity["worst"]
+    place = f"timestep {worst['timestep']:g}" if "timestep" in worst else f"{worst['output']}, batch {worst['batch']}"
     failed = [told(name, check) for name, check in parity["checks"].items() if check["verdict"] == FAILED]
     tensor = f"; worst tensor {worst['tensor']}" if "tensor" in worst else ""
     got = (
-        f"{where}: {', '.join(failed)}; worst at timestep {worst['timestep']:g}: relative L2 "
+        f"{where}: {', '.join(failed)}; worst at {place}: relative L2 "
         f"{worst['relative_l2']:.2e}, largest error {worst['max_over_std']:.2e} of the output's std"
         + ("" if worst["finite"] else ", NaN or Inf")
         + tensor
