@@ -54,7 +54,7 @@ def test_the_manifest_names_the_parent_the_signature_and_the_parity(plain: Any, 
     assert (manifest.kind, manifest.parent) == ("exported", plain.digest)
     assert manifest.lineage[-1]["digest"] == plain.digest
     assert Signature.from_json(manifest.signature) == of_unet(read_config(plain.directory), (1, 2, 4))
-    assert manifest.recipe == {"precision": "fp32", "batch": [1, 2, 4]}
+    assert manifest.recipe == {"precision": "fp32", "batch": [1, 2, 4], "components": False}
     assert manifest.stats["params"] == sum(parameter.numel() for parameter in plain.unet.parameters())
     assert manifest.stats["bytes"] == (plain_exported / GRAPH).stat().st_size
     parity = manifest.parity or {}
