@@ -191,6 +191,27 @@ def test_what_cannot_be_exported_is_refused_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_beyond_a_protobufs_size_lie_beside_the_graph(
+    plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "LARGEST_GRAPH", 1000)
+    manifest = export_model(plain, tmp_path / "out", ExportRecipe(batch=BATCH))
+    assert f"{GRAPH}.data" in manifest.files
+    assert (manifest.parity or {})["verdict"] == "passed"
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert verify.verify_directory(tmp_path / "moved")["verdict"] == "passed"
+    with (tmp_path / "moved" / f"{GRAPH}.data").open("r+b") as stream:
+        stream.write(b"changed")
+    with pytest.raises(DpctlError, match="differs from its digest"):
+        open_denoiser(tmp_path / "moved", "ort")
+
+
+@pytest.mark.parametrize("size", [(3, 8, 16), (8, 6, 16), (0, 8, 16)])
+def test_impossible_sizes_are_refused(plain: Any, tmp_path: Path, size: tuple[int, int, int]) -> None:
+    with pytest.raises(DpctlError, match="MIN,OPT,MAX"):
+        export_model(load_model("reference"), tmp_path / "out", ExportRecipe(size=size))
+
+
 @pytest.mark.usefixtures("instant")
 def test_every_file_is_as_readable_as_the_next(plain: Any, tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("")
