@@ -152,7 +152,7 @@ def train(
 def export(
     model: options.ModelArgument,
     out: options.Out,
-    precision: Annotated[str, typer.Option(help="fp32.")] = EXPORT.precision,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16, written into the graph.")] = EXPORT.precision,
     batch: Annotated[
         str, typer.Option(help="MIN,OPT,MAX of images at a time; guidance doubles the UNet's batch.")
     ] = "1,8,64",
