@@ -12,7 +12,7 @@ from dpctl.errors import DpctlError, GateError
 from dpctl.models import Model, copy_components, read_config
 from dpctl.recipe import ExportRecipe, to_dict
 from dpctl.signature import Signature, Sizes, check_batch, of_unet
-from export import golden, verify
+from export import engines, golden, verify
 from export.graph import OPSET, write_graph
 from export.worst import worst_tensor
 from runtime.backends.eager import EagerDenoiser
@@ -38,11 +38,12 @@ def export_model(
     """
     recipe = recipe or ExportRecipe()
     check(recipe)
+    recipe = engines.chosen(recipe)
     require()
     signature = of_unet({**model.unet.config, "_class_name": type(model.unet).__name__}, recipe.batch, recipe.size)
     network = Network(model.unet).eval()
     failure: GateError | None = None
-    with artifact.writing(out, force=force) as directory, bar("export", 3) as advance:
+    with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
         write_components(model, directory)
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
         write_graph(network, signature, graph, {"parent_digest": model.digest})
@@ -69,18 +70,21 @@ def export_model(
             if not keep_failed:
                 raise
             failure = problem
+        if recipe.engine is not None and failure is None:
+            manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
     if failure is not None:
         raise failure
     return manifest
 
 
 def check(recipe: ExportRecipe) -> None:
-    """Raise a DpctlError for an unknown precision or an impossible batch range."""
+    """Raise a DpctlError for an unknown precision, an impossible range and an engine that cannot be built here."""
     if recipe.precision not in PRECISIONS:
         raise DpctlError("unknown precision", repr(recipe.precision), f"choose one of: {', '.join(PRECISIONS)}")
     check_batch(recipe.batch)
     if recipe.size is not None:
         Sizes(recipe.size)
+    engines.chosen(recipe)
 
 
 def write_components(model: Model, directory: Path) -> None:
