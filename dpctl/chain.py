@@ -167,12 +167,16 @@ def _can_go_on(out: Path, recipe: FinetuneRecipe, parent: str) -> bool:
 
 
 def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progress.Bar) -> Manifest:
+    from export.engines import chosen
     from export.to_onnx import export_model
 
-    def work() -> Manifest:
-        return export_model(load_model(model), out, recipe.export, force=True, bar=bar)
+    # What is written down is what was built, not that this machine should choose.
+    wanted = chosen(recipe.export)
 
-    return _stage(out, to_dict(recipe.export), digest, work)
+    def work() -> Manifest:
+        return export_model(load_model(model), out, wanted, force=True, bar=bar)
+
+    return _stage(out, to_dict(wanted), digest, work)
 
 
 def _stage(out: Path, recipe: dict[str, Any], parent: str, work: Callable[[], Manifest]) -> Manifest:

@@ -112,7 +112,7 @@ def _figures(kind: str, directory: Path, digest: str, stats: dict[str, Any]) -> 
         table.add_row("asked", f"{name.replace('_', ' ')} {value:g}")
     if "achieved" in stats:
         table.add_row("achieved", ", ".join(f"{name} {value:.4f}" for name, value in stats["achieved"].items()))
-    for name, text in _surgery(stats):
+    for name, text in (*_surgery(stats), *_engines(stats)):
         table.add_row(name, text)
     if "steps" in stats:
         table.add_row("trained", f"{stats['steps']} steps, loss of the last 50: {stats['loss']:.4f}")
@@ -131,6 +131,16 @@ def _surgery(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if moved := stats.get("regrouped_norms"):
         most = sorted(moved.items(), key=lambda norm: -norm[1])
         yield "norms regrouped", _first([f"{name} ({units.percent(share)} of its channels)" for name, share in most])
+
+
+def _engines(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a line for every engine: who built it for what, its size, and its memory at the largest shapes."""
+    for name, engine in stats.get("engines", {}).items():
+        made = f"{name}: {engine['precision']} for compute capability {', '.join(engine['targets'])}"
+        memory = {"weights": engine["weights_bytes"], "activations": engine["activation_bytes"]}
+        known = [f"{part} {units.bytes_(size)}" for part, size in memory.items() if size is not None]
+        sizes = [units.bytes_(engine["size_bytes"]), *known, f"built in {units.seconds(engine['build_s'])}"]
+        yield "engine", f"{made}; {', '.join(sizes)}"
 
 
 def _first(names: list[str]) -> str:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from dpctl.errors import DpctlError
+from dpctl.recipe import EngineRecipe
+
 R = TypeVar("R")
 
 ModelArgument = Annotated[
@@ -102,6 +105,37 @@ KeepFailed = Annotated[
     bool, typer.Option("--keep-failed", help="Keep what did not pass the parity check, to look at it; exits 3 anyway.")
 ]
 
+Trt = Annotated[bool, typer.Option("--trt/--no-trt", help="Build a TensorRT engine from the graph too.")]
+TrtFlavor = Annotated[
+    str,
+    typer.Option(
+        "--trt-flavor",
+        help="tensorrt (for the GPU here), rtx (ahead of time, without one) or auto: what this machine can do.",
+    ),
+]
+ComputeCapability = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compute-capability",
+        help="GPUs that a rtx engine is for, e.g. 8.9,12.0; all from 8.0 on without.",
+        show_default=False,
+    ),
+]
+Workspace = Annotated[
+    float | None, typer.Option("--workspace", help="GiB of scratch memory that one layer may take at most.")
+]
+OptimizationLevel = Annotated[
+    int | None, typer.Option("--optimization-level", help="0 (quick build) to 5; the library's own without.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Later versions of TensorRT run it too, by their lean runtime.")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="Every GPU from Ampere on runs it, not only the one here.")
+]
+Refit = Annotated[bool, typer.Option("--refit", help="New weights can be put into it: see dpctl refit.")]
+Tf32 = Annotated[bool, typer.Option("--tf32/--no-tf32", help="Round float32 products to TF32: a precision of its own.")]
+
 
 def names(text: str) -> tuple[str, ...]:
     """Parse ``eager,ort``."""
@@ -130,6 +164,36 @@ def three(text: str, option: str) -> tuple[int, int, int]:
     if len(found) != 3:
         raise typer.BadParameter(f"{text!r} is not MIN,OPT,MAX, e.g. 1,8,64", param_hint=option)
     return found[0], found[1], found[2]
+
+
+def engine(trt: bool, **given: Any) -> EngineRecipe | None:
+    """Build the recipe of an engine; a DpctlError for options of one that is not asked for."""
+    listed = given.pop("compute_capability") or ()
+    capabilities = tuple(name for text in listed for name in names(text))
+    asked = EngineRecipe(compute_capability=capabilities, **given)
+    if trt:
+        return asked
+    fields = dataclasses.fields(asked)
+    options = [field.name for field in fields if getattr(asked, field.name) != field.default]
+    if options:
+        got = ", ".join(option.replace("_", " ") for option in options)
+        raise DpctlError("options of an engine, but none is to be built", got, "add --trt, or leave them out")
+    return None
+
+
+def refuse_decided(context: typer.Context, model: str) -> None:
+    """Raise a DpctlError for options of the graph, where an exported directory already has one."""
+    own = {"context", "model", "out", "force", "json_", "trt", "trt_flavor", "workspace"}
+    own |= {field.name for field in dataclasses.fields(EngineRecipe)}
+    given = [name for name in context.params if name not in own and _source(context, name) != "DEFAULT"]
+    if given:
+        got = f"{', '.join('--' + name.replace('_', '-') for name in given)} for {model}, which is exported already"
+        raise DpctlError("the graph is not made again for an engine", got, "leave them out, or export the model itself")
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name
 
 
 def recipe(kind: type[R], given: dict[str, Any], **parsed: Any) -> R:

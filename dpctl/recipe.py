@@ -107,18 +107,44 @@ class PruneRecipe:
 
 
 @dataclass(frozen=True)
+class EngineRecipe:
+    """`dpctl export --trt`.
+
+    * `flavor`: tensorrt (the GPU at hand), rtx (ahead of time, without one) or auto: what this machine can do.
+    * `compute_capability`: which GPUs a rtx engine is for, e.g. 8.9; without any, all from 8.0 on.
+    * `workspace_gib`: the most scratch memory that one layer may take.
+    * `optimization_level`: 0 (quick build) to 5; the library's own without.
+    * `version_compatible`, `hardware_compatible`: the engine also runs under later versions, and on every GPU from
+      Ampere on; tensorrt only.
+    * `refit`: new weights can be put into it, by `dpctl refit`.
+    * `tf32`: float32 products may be rounded to TF32; a precision of its own, in the engine's name too.
+    """
+
+    flavor: str = "auto"
+    compute_capability: tuple[str, ...] = ()
+    workspace_gib: float | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    refit: bool = False
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
 class ExportRecipe:
     """`dpctl export`.
 
     * `batch`: (min, opt, max) of the UNet's batch, which guidance doubles.
     * `size`: (min, opt, max) of its height and width, in its own pixels; fixed without.
     * `components`: the VAE's decoder and the text encoders too.
+    * `engine`: an engine to build from the graph, if any.
     """
 
     precision: str = "fp32"
     batch: tuple[int, int, int] = (1, 8, 64)
     size: tuple[int, int, int] | None = None
     components: bool = False
+    engine: EngineRecipe | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dpctl.errors import DpctlError, GateError
 from dpctl.models import Model, copy_components, read_config
 from dpctl.recipe import ExportRecipe, to_dict
 from dpctl.signature import Signature, Sizes, check_batch, of_unet, rows_of
-from export import golden, verify, yardstick
+from export import engines, golden, verify, yardstick
 from export.components import export_components, load_components
 from export.graph import OPSET, write_graph
 from export.precision import PRECISIONS
@@ -38,6 +38,7 @@ def export_model(
     """
     recipe = recipe or ExportRecipe()
     check(recipe)
+    recipe = engines.chosen(recipe)
     require()
     config = {**model.unet.config, "_class_name": type(model.unet).__name__}
     signature = of_unet(config, rows_of(config, recipe.batch), recipe.size)
@@ -45,7 +46,7 @@ def export_model(
     # Loaded first: what is wrong with them costs no export.
     others = load_components(model, signature, recipe.batch) if recipe.components else []
     failure: GateError | None = None
-    with artifact.writing(out, force=force) as directory, bar("export", 3) as advance:
+    with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
         write_components(model, directory)
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
         told = write_graph(network, signature, graph, {"parent_digest": model.digest}, recipe.precision)
@@ -74,18 +75,21 @@ def export_model(
             if not keep_failed:
                 raise
             failure = problem
+        if recipe.engine is not None and failure is None:
+            manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
     if failure is not None:
         raise failure
     return manifest
 
 
 def check(recipe: ExportRecipe) -> None:
-    """Raise a DpctlError for an unknown precision or an impossible batch range."""
+    """Raise a DpctlError for an unknown precision, an impossible range and an engine that cannot be built here."""
     if recipe.precision not in PRECISIONS:
         raise DpctlError("unknown precision", repr(recipe.precision), f"choose one of: {', '.join(PRECISIONS)}")
     check_batch(recipe.batch)
     if recipe.size is not None:
         Sizes(recipe.size)
+    engines.chosen(recipe)
 
 
 def write_components(model: Model, directory: Path) -> None:

@@ -126,13 +126,13 @@ def refuse_failed(directory: Path, manifest: Manifest) -> None:
         )
 
 
-def exported(directory: Path) -> Manifest:
+def exported(directory: Path, backend: str = "ort") -> Manifest:
     """Return the manifest of an exported directory; a DpctlError for any other."""
     manifest = artifact.read_manifest(directory)
     if manifest is None or manifest.kind != "exported" or manifest.signature is None:
         kind = f"a {manifest.kind} model" if manifest is not None else "no dpctl.json"
         raise DpctlError(
-            "the ort backend runs exported directories", f"{directory}: {kind}", "run `dpctl export` on it first"
+            f"the {backend} backend runs exported directories", f"{directory}: {kind}", "run `dpctl export` on it first"
         )
     return manifest
 

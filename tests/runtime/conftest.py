@@ -39,3 +39,24 @@ def exported_directory(model_directory: Path) -> Path:
     directory = model_directory.with_name("exported")
     export_model(load_model(model_directory), directory, ExportRecipe(batch=(1, 2, 4)))
     return directory
+
+
+@pytest.fixture(scope="session")
+def engine_directory(exported_directory: Path) -> Path:
+    """The same with an engine for this machine's GPU; skips where there is none to build or run it."""
+    import torch
+
+    from dpctl.errors import DpctlError
+    from dpctl.recipe import EngineRecipe
+    from export import to_tensorrt
+    from export.engines import export_engine
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use: an engine cannot be run")
+    try:
+        to_tensorrt.check(EngineRecipe(), "fp32")
+    except DpctlError as problem:
+        pytest.skip(f"{problem.failed}: {problem.got}")
+    directory = exported_directory.with_name("engine")
+    export_engine(exported_directory, directory, EngineRecipe())
+    return directory

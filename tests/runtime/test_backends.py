@@ -15,14 +15,20 @@ from dpctl.models import load_model
 NAMES = registry.names(runtime.BACKENDS)
 
 
-@pytest.fixture(params=NAMES)
+# What a backend needs to run, beside the processor.
+NEEDS = {"trt": [pytest.mark.gpu, pytest.mark.trt]}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def directory(backend: str, model_directory: Path, exported_directory: Path) -> Path:
-    return model_directory if backend == "eager" else exported_directory
+def directory(backend: str, request: pytest.FixtureRequest) -> Path:
+    """What the backend runs; skips where it cannot."""
+    fixtures = {"eager": "model_directory", "trt": "engine_directory"}
+    return request.getfixturevalue(fixtures.get(backend, "exported_directory"))
 
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,6 +40,7 @@ def test_the_names_are_the_files() -> None:
     assert set(NAMES) >= {"eager", "ort"}
 
 
+@pytest.mark.parametrize("backend", NAMES)
 def test_a_backend_has_the_documented_door(backend: str) -> None:
     module = registry.load(runtime.BACKENDS, backend, "backend")
     wanted = ["directory", "threads", "device"] + (["failed"] if module.RUNS_EXPORTED else [])
@@ -49,7 +56,7 @@ def test_it_gives_what_torch_gives(backend: str, directory: Path, model_director
         denoiser.synchronize()
     assert found.dtype == denoiser.dtype == torch.float32
     assert found.device == denoiser.device
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_output_belongs_to_the_caller(backend: str, directory: Path) -> None:
@@ -116,9 +123,11 @@ def test_an_unknown_backend_is_refused_with_a_hint(model_directory: Path) -> Non
         ({"device": "cuda:99"}, "no such GPU"),
     ],
 )
+@pytest.mark.parametrize("backend", NAMES)
 def test_what_this_machine_has_not_is_a_clean_error(
-    backend: str, directory: Path, kwargs: dict[str, Any], words: str
+    backend: str, model_directory: Path, exported_directory: Path, kwargs: dict[str, Any], words: str
 ) -> None:
+    directory = model_directory if backend == "eager" else exported_directory
     with pytest.raises(DpctlError, match=words):
         runtime.open_denoiser(directory, backend, **kwargs)
 
