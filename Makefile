@@ -17,7 +17,8 @@ TORCH_INDEX ?=
 THREADS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	$(if $(findstring gpu,$(EXTRAS)),--constraint constraints-gpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
 
 .PHONY: help setup check test test-all demo evidence rounds before-finetuning bench bench-scoring reference clean distclean
@@ -27,7 +28,7 @@ help: ## this list
 
 setup: $(STAMP) ## create .venv and install the pinned versions
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt constraints-gpu.txt
 	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or later, or give PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 		echo "$(PYTHON) is missing or older than 3.11: install Python 3.11 or later, or give PYTHON=..." >&2; exit 1; }

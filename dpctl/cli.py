@@ -155,9 +155,12 @@ def export(
     context: typer.Context,
     model: options.ModelArgument,
     out: options.Out,
-    precision: Annotated[str, typer.Option(help="fp32.")] = EXPORT.precision,
-    batch: Annotated[str, typer.Option(help="MIN,OPT,MAX of the UNet's batch.")] = "1,8,64",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16, written into the graph.")] = EXPORT.precision,
+    batch: Annotated[
+        str, typer.Option(help="MIN,OPT,MAX of images at a time; guidance doubles the UNet's batch.")
+    ] = "1,8,64",
     dynamic_size: options.DynamicSize = None,
+    components: options.Components = False,
     keep_failed: options.KeepFailed = False,
     trt: options.Trt = False,
     trt_flavor: options.TrtFlavor = ENGINE.flavor,
@@ -187,6 +190,7 @@ def export(
         precision=precision,
         batch=options.three(batch, "--batch"),
         size=options.three(dynamic_size, "--dynamic-size") if dynamic_size is not None else None,
+        components=components,
         engine=engine,
     )
     from dpctl import inspect

@@ -5,6 +5,7 @@ Nothing here fails: a library that is broken is a finding like any other.
 
 import importlib
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 DISK_ENOUGH, MEMORY_ENOUGH = 5e9, 4e9
+TURING = (
+    7,
+    5,
+)  # the oldest compute capability that TensorRT 10.5 and later run on ("Prerequisites" in its documentation)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,10 @@ def diagnose(directory: Path | None = None) -> list[Finding]:
         onnxruntime,
         one_onnxruntime,
         tensorrt,
+        one_tensorrt,
         tensorrt_rtx,
+        one_tensorrt_rtx,
+        one_cuda,
         openvino,
         transformers,
         one_dpctl,
@@ -111,7 +119,19 @@ def onnxruntime() -> Finding:
     if module is None:
         return broken
     providers = [name.removesuffix("ExecutionProvider") for name in module.get_available_providers()]
-    return Finding("ONNX Runtime", OK, f"{module.__version__}: {', '.join(providers)}")
+    unused = f"; {_tensorrt_provider(module)}" if "Tensorrt" in providers else ""
+    return Finding("ONNX Runtime", OK, f"{module.__version__}: {', '.join(providers)}{unused}")
+
+
+def _tensorrt_provider(module: ModuleType) -> str:
+    """Say which TensorRT ONNX Runtime's own provider links, and that dpctl does not need it."""
+    library = Path(module.__file__ or "").parent / "capi" / "libonnxruntime_providers_tensorrt.so"
+    linked = re.search(rb"libnvinfer\.so\.(\d+)", library.read_bytes()) if library.is_file() else None
+    if linked is None:
+        return "dpctl does not use the Tensorrt provider"
+    major, installed = linked[1].decode(), environment.version("tensorrt")
+    other = f", not {installed}" if installed is not None and installed.split(".")[0] != major else ""
+    return f"the Tensorrt provider is for TensorRT {major}{other}, and dpctl does not use it"
 
 
 def one_onnxruntime() -> Finding:
@@ -134,13 +154,95 @@ def one_dpctl() -> Finding:
 
 
 def tensorrt() -> Finding:
-    """Report TensorRT."""
-    return _version_of("tensorrt", "TensorRT", "on a GPU, pip install 'dpctl-diffusion[gpu]'")
+    """Report TensorRT, which builds on the GPU that it builds for."""
+    module, broken = _import("tensorrt", "TensorRT", "on a GPU, pip install 'dpctl-diffusion[gpu]'")
+    if module is None:
+        return broken
+    version, gpus = _version(module), capabilities()
+    if not gpus:
+        todo = "to build without a GPU, pip install 'dpctl-diffusion[rtx]'"
+        return Finding(
+            "TensorRT", WARNING, f"{version}: builds and runs engines on a GPU only, and there is none", todo
+        )
+    usable = [gpu for gpu in gpus if gpu >= TURING]
+    if not usable:
+        found = f"{version}: does not support this GPU, compute capability {_dotted(gpus)}"
+        return Finding("TensorRT", WARNING, found, f"use a GPU of {_dotted([TURING])} or later, or the backend ort")
+    return Finding(
+        "TensorRT", OK, f"{version}: builds and runs engines on this GPU, compute capability {_dotted(usable)}"
+    )
+
+
+def one_tensorrt() -> Finding:
+    """Report whether TensorRT is installed for two CUDA versions over one another."""
+    return _exclusive(
+        "TensorRT builds",
+        ("tensorrt-cu12", "tensorrt-cu13"),
+        "both are the module tensorrt: pip uninstall tensorrt and everything that begins with tensorrt_cu, then "
+        "install the extra [gpu]",
+    )
 
 
 def tensorrt_rtx() -> Finding:
-    """Report TensorRT-RTX, which builds engines without a GPU."""
-    return _version_of("tensorrt_rtx", "TensorRT-RTX", "pip install 'dpctl-diffusion[rtx]'")
+    """Report TensorRT-RTX, which builds engines without a GPU, and whether they run here."""
+    module, broken = _import("tensorrt_rtx", "TensorRT-RTX", "pip install 'dpctl-diffusion[rtx]'")
+    if module is None:
+        return broken
+    targets, gpus = rtx_targets(module), capabilities()
+    found = f"{_version(module)}: builds engines without a GPU for compute capability {_dotted(targets)}"
+    if not gpus:
+        return Finding("TensorRT-RTX", OK, f"{found}; running one needs such a GPU")
+    usable = [gpu for gpu in gpus if gpu in targets]
+    if not usable:
+        todo = "here, build with TensorRT: pip install 'dpctl-diffusion[gpu]'"
+        return Finding("TensorRT-RTX", WARNING, f"{found}; this GPU has {_dotted(gpus)} and runs none of them", todo)
+    return Finding("TensorRT-RTX", OK, f"{found}; this GPU, {_dotted(usable)}, runs them")
+
+
+def one_tensorrt_rtx() -> Finding:
+    """Report whether TensorRT-RTX is installed for two CUDA versions over one another."""
+    return _exclusive(
+        "TensorRT-RTX builds",
+        ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+        "both are the module tensorrt_rtx: pip uninstall tensorrt-rtx and everything that begins with tensorrt_rtx_cu, "
+        "then install the extra [rtx]",
+    )
+
+
+def one_cuda() -> Finding:
+    """Report whether PyTorch, ONNX Runtime and TensorRT are built for one major version of CUDA."""
+    torch_module, _ = _import("torch", "", "")
+    ort, _ = _import("onnxruntime", "", "")
+    built = {
+        "PyTorch": torch_module.version.cuda if torch_module is not None else None,
+        "ONNX Runtime": getattr(ort, "cuda_version", None),
+        **{f"TensorRT {v}": cuda for cuda in ("12", "13") if (v := environment.version(f"tensorrt-cu{cuda}"))},
+    }
+    found = {name: cuda for name, cuda in built.items() if cuda}
+    text = ", ".join(f"{name} for CUDA {cuda}" for name, cuda in found.items())
+    if len({cuda.split(".")[0] for cuda in found.values()}) > 1:
+        # ONNX Runtime takes cuBLAS and cuDNN from torch's packages.
+        todo = "they share CUDA's libraries: install builds for one major version; the extra [gpu] asks for 13"
+        return Finding("CUDA versions", WARNING, text, todo)
+    return Finding("CUDA versions", OK, text or "no library here is built for CUDA")
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """Return the compute capabilities of the GPUs that torch sees, each once."""
+    module, _ = _import("torch", "", "")
+    if module is None or not module.cuda.is_available():
+        return []
+    return sorted({module.cuda.get_device_capability(i) for i in range(module.cuda.device_count())})
+
+
+def rtx_targets(module: ModuleType) -> list[tuple[int, int]]:
+    """Return the compute capabilities that this TensorRT-RTX builds for: SM89 is (8, 9), SM120 is (12, 0)."""
+    numbers = [name[2:] for name in module.ComputeCapability.__members__ if re.fullmatch(r"SM\d{2,}", name)]
+    return sorted((int(number[:-1]), int(number[-1])) for number in numbers)
+
+
+def _dotted(found: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{major}.{minor}" for major, minor in found)
 
 
 def openvino() -> Finding:
@@ -229,7 +331,11 @@ def _import(module: str, name: str, todo: str) -> tuple[ModuleType | None, Findi
 
 def _version_of(module: str, name: str, todo: str) -> Finding:
     loaded, broken = _import(module, name, todo)
-    return broken if loaded is None else Finding(name, OK, str(getattr(loaded, "__version__", "of unknown version")))
+    return broken if loaded is None else Finding(name, OK, _version(loaded))
+
+
+def _version(module: ModuleType) -> str:
+    return str(getattr(module, "__version__", "of unknown version"))
 
 
 def _exclusive(name: str, distributions: tuple[str, str], todo: str) -> Finding:

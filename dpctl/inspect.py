@@ -48,6 +48,8 @@ def report(manifest: Manifest, directory: Path) -> Report:
     if manifest.lineage:
         tables.append(_lineage(manifest))
     tables += _groups(stats)
+    if manifest.signature:
+        tables.append(_range(manifest))
     if manifest.parity:
         tables += parity_report(manifest.parity).renderables
     return Report(asdict(manifest) | {"digest": manifest.digest, "directory": str(directory)}, tables)
@@ -57,6 +59,20 @@ def _groups(stats: dict[str, Any]) -> list[Any]:
     widths, scan = stats.get("widths"), stats.get("sensitivity")
     drawn = bars.widths(widths, stats.get("left_alone", {})) if widths else []
     return [*drawn, *(bars.reactions(scan) if scan else [])]
+
+
+def _range(manifest: Manifest) -> Any:
+    """Describe what an exported graph takes: images at a time and, since guidance doubles them, rows of the UNet."""
+    from rich.text import Text
+
+    low, best, high = (manifest.signature or {})["batch"]
+    rows = f"the UNet's batch {low} to {high}, best {best}"
+    images = manifest.recipe.get("batch")
+    sizes = (manifest.signature or {}).get("sizes")
+    told = [f"{images[0]} to {images[2]} images, best {images[1]}"] if images and images != [low, best, high] else []
+    told += [rows]
+    told += ["height and width {} to {}, best {}".format(*(sizes["bounds"][i] for i in (0, 2, 1)))] if sizes else []
+    return Text("; ".join(told))
 
 
 def parity_report(parity: dict[str, Any]) -> Report:

@@ -98,6 +98,9 @@ DynamicSize = Annotated[
         show_default=False,
     ),
 ]
+Components = Annotated[
+    bool, typer.Option("--components", help="Export the VAE's decoder and the text encoders too: whole images.")
+]
 KeepFailed = Annotated[
     bool, typer.Option("--keep-failed", help="Keep what did not pass the parity check, to look at it; exits 3 anyway.")
 ]

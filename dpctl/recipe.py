@@ -132,14 +132,18 @@ class EngineRecipe:
 
 @dataclass(frozen=True)
 class ExportRecipe:
-    """`dpctl export`: `batch` is (min, opt, max) of the UNet's batch, `size` of its height and width, if dynamic.
+    """`dpctl export`.
 
-    `engine` is an engine to build from the graph, if any.
+    * `batch`: (min, opt, max) of the UNet's batch, which guidance doubles.
+    * `size`: (min, opt, max) of its height and width, in its own pixels; fixed without.
+    * `components`: the VAE's decoder and the text encoders too.
+    * `engine`: an engine to build from the graph, if any.
     """
 
     precision: str = "fp32"
     batch: tuple[int, int, int] = (1, 8, 64)
     size: tuple[int, int, int] | None = None
+    components: bool = False
     engine: EngineRecipe | None = None
 
 

@@ -192,6 +192,17 @@ def of_unet(
     return Signature(tuple(inputs), (output,), batch, Sizes(sizes, step) if sizes else None)
 
 
+def rows_of(config: Mapping[str, Any], images: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the range of the UNet's batch for a range of images (min, opt, max).
+
+    Classifier-free guidance asks a text-conditional network for two rows per image; without guidance it is one, and
+    one is enough where the strength of guidance is an input of the network (latent consistency models).
+    """
+    low, best, high = images
+    guided = config.get("cross_attention_dim") is not None and config.get("time_cond_proj_dim") is None
+    return (low, 2 * best, 2 * high) if guided else images
+
+
 def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return (height, width) of a config's `sample_size`, which diffusers keeps as a number or a pair."""
     size = config.get("sample_size")

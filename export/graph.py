@@ -14,6 +14,7 @@ from torch import nn
 from dpctl import environment
 from dpctl.signature import BATCH, HEIGHT, WIDTH, Signature
 from export.names import name_after_modules
+from export.precision import lower
 from export.simplify import simplify
 
 OPSET = 18
@@ -22,8 +23,12 @@ LARGEST_GRAPH = 1_900_000_000
 DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 
-def write_graph(network: nn.Module, signature: Signature, path: Path, properties: dict[str, str]) -> None:
+def write_graph(
+    network: nn.Module, signature: Signature, path: Path, properties: dict[str, str], precision: str = "fp32"
+) -> dict[str, Any]:
     """Write the ONNX graph of `network`: dynamic axes named by the signature, checked by ONNX's own checker.
+
+    Returns what runs in which precision, see `export.precision.lower`.
 
     The graph carries the signature, our version and `properties`, but nothing of this machine: the exporter's notes
     (stack traces with paths) are removed, so that the same model gives the same file.
@@ -46,12 +51,19 @@ def write_graph(network: nn.Module, signature: Signature, path: Path, properties
         program.model = simplify(program.model)
         name_after_modules(program.model)
         clear_notes(program)
+        lowered = lower(program.model, precision)
         version = environment.version("dpctl-diffusion") or "unknown"
-        told = {"dpctl_version": version, "signature": json.dumps(signature.to_json()), **properties}
+        told = {
+            "dpctl_version": version,
+            "precision": precision,
+            "signature": json.dumps(signature.to_json()),
+            **properties,
+        }
         program.model.metadata_props.update(told)
         size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
         program.save(path, external_data=size > LARGEST_GRAPH)
     onnx.checker.check_model(path, full_check=True)
+    return lowered.report
 
 
 def example(signature: Signature) -> dict[str, torch.Tensor]:

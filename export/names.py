@@ -10,7 +10,8 @@ from collections import Counter
 import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-PREFIX = re.compile(r"^unet\.")
+# The wrapper's name for the network inside it.
+PREFIX = re.compile(r"^(unet|vae|text_encoder)(\.|$)")
 
 
 def name_after_modules(model: ir.Model) -> None:
@@ -33,8 +34,9 @@ def name_after_modules(model: ir.Model) -> None:
 def _module(node: ir.Node) -> str:
     """Return the path of the module that a node belongs to, empty where it is the network itself."""
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-    # The last scope is the operation's own name.
-    return PREFIX.sub("", next((scope for scope in reversed(scopes[:-1]) if scope), "")).removesuffix("unet")
+    # The last scope is the operation's own name; some nodes have a remark in a module's place.
+    modules = [scope for scope in scopes[:-1] if PREFIX.match(scope)]
+    return PREFIX.sub("", modules[-1]) if modules else ""
 
 
 def _name_constants(graph: ir.Graph, taken: Counter[str]) -> None:

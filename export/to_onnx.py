@@ -11,15 +11,15 @@ from dpctl.artifact import MANIFEST, Manifest
 from dpctl.errors import DpctlError, GateError
 from dpctl.models import Model, copy_components, read_config
 from dpctl.recipe import ExportRecipe, to_dict
-from dpctl.signature import Signature, Sizes, check_batch, of_unet
-from export import engines, golden, verify
+from dpctl.signature import Signature, Sizes, check_batch, of_unet, rows_of
+from export import engines, golden, verify, yardstick
+from export.components import export_components, load_components
 from export.graph import OPSET, write_graph
+from export.precision import PRECISIONS
 from export.worst import worst_tensor
 from runtime.backends.eager import EagerDenoiser
-from runtime.backends.ort import open_denoiser, require
+from runtime.backends.ort import require
 from runtime.network import Network
-
-PRECISIONS = ("fp32",)
 
 
 def export_model(
@@ -40,13 +40,17 @@ def export_model(
     check(recipe)
     recipe = engines.chosen(recipe)
     require()
-    signature = of_unet({**model.unet.config, "_class_name": type(model.unet).__name__}, recipe.batch, recipe.size)
+    config = {**model.unet.config, "_class_name": type(model.unet).__name__}
+    signature = of_unet(config, rows_of(config, recipe.batch), recipe.size)
     network = Network(model.unet).eval()
+    # Loaded first: what is wrong with them costs no export.
+    others = load_components(model, signature, recipe.batch) if recipe.components else []
     failure: GateError | None = None
     with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
         write_components(model, directory)
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
-        write_graph(network, signature, graph, {"parent_digest": model.digest})
+        told = write_graph(network, signature, graph, {"parent_digest": model.digest}, recipe.precision)
+        parts = export_components(others, model.digest, directory)
         advance(1)
         made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
         golden.store(directory, made)
@@ -56,9 +60,10 @@ def export_model(
             recipe=to_dict(recipe),
             stats=(model.manifest.stats if model.manifest is not None else {})
             | cost.stats(model.unet)
-            | {"bytes": cost.file_bytes(directory)},
+            | {"bytes": cost.file_bytes(directory), "precision": told},
             signature=signature.to_json(),
-            parity={"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": OPSET},
+            parity={"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": OPSET}
+            | ({"components": parts} if parts else {}),
             **artifact.descent(model.manifest, model.digest, model.source),
         )
         advance(1)
@@ -108,17 +113,31 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _checked(directory: Path, manifest: Manifest, model: Model, network: Network) -> Manifest:
-    """Run the graph as the runtime will, from the directory; record the parity in the manifest, passed or failed."""
-    signature = Signature.from_json(manifest.signature)
+    """Run the graph from the directory as a later machine will; record the parity in the manifest, passed or failed."""
+    signature, precision = Signature.from_json(manifest.signature), manifest.recipe["precision"]
     # From the file: what a later machine will read is what is checked here.
-    read = golden.load(directory, signature)
-    with open_denoiser(directory, failed=True) as denoiser:
-        measured = verify.measure(denoiser, read, signature, model.scheduler.config)
-    worst = measured["worst"]
-    row = [entry["timestep"] for entry in measured["timesteps"]].index(worst["timestep"])
-    inputs = {tensor.name: read.grid[tensor.name][row : row + 1] for tensor in signature.inputs}
-    graph = directory / "unet" / f"model.{manifest.recipe['precision']}.onnx"
-    worst |= worst_tensor(network, graph, inputs) or {}
-    manifest = dataclasses.replace(manifest, parity={**(manifest.parity or {}), **measured})
+    read, scheduler = golden.load(directory, signature), model.scheduler.config
+    own: dict[str, Any] = {}
+    if precision != verify.FP32:
+        own = {"yardstick": yardstick.of_torch(model.unet, precision, read, signature, scheduler)}
+        own["checks"] = {"torch at this precision": yardstick.verdict(own["yardstick"])}
+    with verify.opened(directory) as (denoiser, _):
+        measured = verify.measure(denoiser, read, signature, scheduler, own.get("yardstick"))
+        measured["checks"] |= own.pop("checks", {}) | verify.on_device(precision, "ort", denoiser.device)
+    measured["verdict"] = verify.overall(measured["checks"])
+    measured["worst"] |= _worst_tensor(directory, manifest, network, read, measured)
+    manifest = dataclasses.replace(manifest, parity={**(manifest.parity or {}), **own, **measured})
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _worst_tensor(
+    directory: Path, manifest: Manifest, network: Network, read: golden.Golden, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the layer that is off the most at the worst timestep, with its error; nothing where no names fit."""
+    row = [entry["timestep"] for entry in measured["timesteps"]].index(measured["worst"]["timestep"])
+    inputs = {
+        tensor["name"]: read.grid[tensor["name"]][row : row + 1] for tensor in (manifest.signature or {})["inputs"]
+    }
+    with verify.checkable(directory, manifest) as graph:
+        return worst_tensor(network, graph, inputs) or {}

@@ -5,7 +5,9 @@ from the golden file, without the original model.
 """
 
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from dpctl.signature import OUTPUT, Signature
 from export import golden as golden_file
 from export.golden import Golden
 from runtime import BACKENDS, Denoiser
+from runtime.denoiser import find_device
 
+FP32 = "fp32"
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run here"
 # float32 with TF32 off: the largest error as a fraction of what it is an error of, see `compare`.
 TOLERANCE = 1e-4
@@ -51,19 +55,23 @@ def measure(
     rows = judged([compare(output, grid[OUTPUT]) for output in outputs], own.get("relative_l2"))
     rows = [{"timestep": float(t), **row} for t, row in zip(grid["timestep"], rows, strict=True)]
     checks = {
-        "grid": _check(rows),
+        "grid": check_rows(rows),
         "guidance": _guidance(outputs, grid, own),
         "other size": _other_size(denoiser, golden, signature, own),
         "sampling": _sampling(denoiser, golden, signature, scheduler, own),
     }
-    failed = any(check["verdict"] == FAILED for check in checks.values())
     return {
-        "verdict": FAILED if failed else PASSED,
+        "verdict": overall(checks),
         "worst": max(rows, key=_excess),
         "batch_sizes": sizes,
         "timesteps": rows,
         "checks": checks,
     }
+
+
+def overall(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the verdict of several: what was not run here fails nothing."""
+    return FAILED if any(check["verdict"] == FAILED for check in checks.values()) else PASSED
 
 
 def batch_sizes(signature: Signature, rows: int) -> list[int]:
@@ -95,7 +103,8 @@ def judged(runs: list[Rows], own: list[float] | None, times: float = 1.0) -> Row
     for number, at_sizes in enumerate(zip(*runs, strict=True)):
         errors = [row["relative_l2"] if own else max(row["relative_l2"], row["max_over_std"]) for row in at_sizes]
         worst = max(range(len(errors)), key=errors.__getitem__)
-        allowed = TIMES_TORCH * own[number] if own else times * TOLERANCE
+        # Where torch's own is not finite nothing is allowed.
+        allowed = TIMES_TORCH * (own[number] or 0.0) if own else times * TOLERANCE
         rows.append({**at_sizes[worst], "error": errors[worst], "allowed": allowed})
     return rows
 
@@ -132,7 +141,7 @@ def _excess(row: Mapping[str, Any]) -> float:
     return row["error"] / row["allowed"] if row["finite"] and row["allowed"] else math.inf
 
 
-def _check(rows: Rows) -> dict[str, Any]:
+def check_rows(rows: Rows) -> dict[str, Any]:
     """Return the verdict on some rows, with the largest error and what is allowed for it."""
     worst = max(rows, key=_excess)
     return {"verdict": PASSED if _excess(worst) <= 1 else FAILED, "error": worst["error"], "allowed": worst["allowed"]}
@@ -148,7 +157,7 @@ def _guidance(outputs: list[Tensor], grid: Mapping[str, Tensor], own: Mapping[st
     expected = guided(grid[OUTPUT])
     runs = [compare(guided(output), expected) for output in outputs]
     # What guidance makes of an error of each side at most.
-    return _check(judged(runs, own.get("guided_relative_l2"), times=2 * GUIDANCE - 1))
+    return check_rows(judged(runs, own.get("guided_relative_l2"), times=2 * GUIDANCE - 1))
 
 
 def _other_size(denoiser: Denoiser, golden: Golden, signature: Signature, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def _other_size(denoiser: Denoiser, golden: Golden, signature: Signature, own: M
         return _not_run("height and width are fixed")
     low = signature.batch[0]
     output = in_batches(denoiser, rows, signature, low)
-    return _check(judged([compare(output, rows[OUTPUT])], own.get("other_size_relative_l2")))
+    return check_rows(judged([compare(output, rows[OUTPUT])], own.get("other_size_relative_l2")))
 
 
 def _sampling(
@@ -177,10 +186,11 @@ def gate(parity: Mapping[str, Any], where: Path) -> None:
     if parity["verdict"] == PASSED:
         return
     worst = parity["worst"]
+    place = f"timestep {worst['timestep']:g}" if "timestep" in worst else f"{worst['output']}, batch {worst['batch']}"
     failed = [told(name, check) for name, check in parity["checks"].items() if check["verdict"] == FAILED]
     tensor = f"; worst tensor {worst['tensor']}" if "tensor" in worst else ""
     got = (
-        f"{where}: {', '.join(failed)}; worst at timestep {worst['timestep']:g}: relative L2 "
+        f"{where}: {', '.join(failed)}; worst at {place}: relative L2 "
         f"{worst['relative_l2']:.2e}, largest error {worst['max_over_std']:.2e} of the output's std"
         + ("" if worst["finite"] else ", NaN or Inf")
         + tensor
@@ -212,33 +222,84 @@ def verify_directory(
     """
     from dpctl.models import load_scheduler
 
-    module = registry.load(BACKENDS, backend, "backend")
-    if not module.RUNS_EXPORTED:
-        raise DpctlError("this backend does not run exported directories", backend, "verify with ort or trt")
-    # A failed one too: it says what failed, and exits 3.
-    with module.open_denoiser(path, threads=threads, device=device, failed=True) as denoiser:
-        recorded = recorded_parity(path, artifact.read_manifest(path))
-        signature = recorded_signature(path)
+    with opened(path, backend, threads=threads, device=device) as (denoiser, manifest):
+        recorded = recorded_parity(path, manifest)
+        signature = Signature.from_json(manifest.signature)
         golden = golden_file.load(path, signature)
         scheduler = load_scheduler(path).config
         measured = measure(denoiser, golden, signature, scheduler, recorded.get("yardstick"))
-    parity = {**recorded, **measured, "checks": recorded.get("checks", {}) | measured["checks"]}
+        place = on_device(recorded["precision"], backend, denoiser.device)
+    parity = {**recorded, **measured, "checks": recorded.get("checks", {}) | measured["checks"] | place}
     gate(parity, path)
     return parity
 
 
-def recorded_parity(path: Path, manifest: Manifest | None) -> dict[str, Any]:
+@contextmanager
+def opened(
+    path: Path, backend: str = "ort", *, threads: int | None = None, device: str | None = None
+) -> Iterator[tuple[Denoiser, Manifest]]:
+    """Open an exported directory to be checked, one that failed too, with its manifest.
+
+    On the processor, whose kernels leave out most roundings of float16 and do not know bfloat16, ONNX Runtime is given
+    the same graph with every rounding written into it.
+    """
+    from runtime.backends import ort
+
+    module = registry.load(BACKENDS, backend, "backend")
+    if not module.RUNS_EXPORTED:
+        raise DpctlError("this backend does not run exported directories", backend, "verify with ort or trt")
+    manifest = ort.exported(path)
+    precision = (manifest.parity or {}).get("precision", FP32)
+    if backend != "ort" or precision == FP32 or find_device(device).type != "cpu":
+        with module.open_denoiser(path, threads=threads, device=device, failed=True) as denoiser:
+            yield denoiser, manifest
+        return
+    artifact.verify_files(path, manifest)
+    with (
+        checkable(path, manifest) as graph,
+        ort.open_graph(path, graph, manifest, threads, find_device("cpu")) as denoiser,
+    ):
+        yield denoiser, manifest
+
+
+@contextmanager
+def checkable(path: Path, manifest: Manifest) -> Iterator[Path]:
+    """Give the graph that a processor can check: the directory's own; below float32 with its roundings written in."""
+    from runtime.backends.ort import graph_of
+
+    graph = graph_of(path, manifest)
+    if (manifest.parity or {}).get("precision", FP32) == FP32:
+        yield graph
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_emulated(graph, Path(folder) / "emulated.onnx")
+        yield Path(folder) / "emulated.onnx"
+
+
+def write_emulated(graph: Path, out: Path) -> None:
+    """Write the graph that shows on a processor how a lower precision rounds."""
+    import onnx_ir as ir
+
+    from export.precision import emulated
+
+    model = emulated(ir.load(graph))
+    ir.save(model, out, external_data=f"{out.name}.data")
+
+
+def on_device(precision: str, backend: str, device: torch.device) -> dict[str, Any]:
+    """Return the check that says where the graph ran, and what that leaves open."""
+    if device.type == "cpu" and precision != FP32:
+        reason = "a processor shows the rounding of the graph, not a GPU's kernels: `dpctl verify --device cuda` there"
+        return {"device": _not_run(reason)}
+    return {"device": {"verdict": PASSED, "reason": f"{backend} on {device.type}"}}
+
+
+def recorded_parity(path: Path, manifest: Manifest) -> dict[str, Any]:
     """Return the parity in a manifest; a DpctlError where there is none."""
-    parity = (manifest.parity if manifest else None) or {}
+    parity = manifest.parity or {}
     if not isinstance(parity.get("precision"), str):
         raise DpctlError("the manifest holds no parity", str(path), "export the model again")
     return parity
-
-
-def recorded_signature(path: Path) -> Signature:
-    """Return the signature of an exported directory."""
-    manifest = artifact.read_manifest(path)
-    return Signature.from_json(manifest.signature if manifest else None)
 
 
 def in_batches(denoiser: Denoiser, rows: Mapping[str, Tensor], signature: Signature, size: int) -> Tensor:

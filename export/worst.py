@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What a rounding written into the graph adds to a tensor's name.
+ROUNDED = ".rounded"
 LAYERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -27,7 +29,7 @@ def worst_tensor(network: nn.Module, graph: Path, inputs: Mapping[str, Tensor]) 
     if not errors:
         return None
     name = max(errors, key=errors.__getitem__)
-    return {"tensor": name, "tensor_relative_l2": errors[name]}
+    return {"tensor": name.removesuffix(ROUNDED), "tensor_relative_l2": errors[name]}
 
 
 def _layer_outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

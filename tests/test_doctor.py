@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -100,9 +101,15 @@ def test_what_is_broken_is_a_finding(monkeypatch: pytest.MonkeyPatch, module: st
     assert finding.todo
 
 
-def torch_with(cuda_version: str | None, gpus: tuple[str, ...]) -> SimpleNamespace:
+def torch_with(
+    cuda_version: str | None, gpus: tuple[str, ...] = (), capabilities: tuple[tuple[int, int], ...] = ()
+) -> SimpleNamespace:
+    count = max(len(gpus), len(capabilities))
     cuda = SimpleNamespace(
-        is_available=lambda: bool(gpus), device_count=lambda: len(gpus), get_device_name=lambda i: gpus[i]
+        is_available=lambda: count > 0,
+        device_count=lambda: count,
+        get_device_name=lambda i: gpus[i],
+        get_device_capability=lambda i: capabilities[i],
     )
     return SimpleNamespace(version=SimpleNamespace(cuda=cuda_version), cuda=cuda, get_num_threads=lambda: 4)
 
@@ -157,6 +164,140 @@ def test_two_onnxruntimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> Non
     assert finding.state == WARNING
     assert finding.found == "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.0"
     assert "[cpu] and [gpu]" in finding.todo
+
+
+def test_onnxruntimes_own_tensorrt_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    module = SimpleNamespace(
+        __version__="1.2", __file__=str(tmp_path / "__init__.py"), get_available_providers=lambda: providers
+    )
+    modules(monkeypatch, onnxruntime=module)
+    versions(monkeypatch)
+    assert doctor.onnxruntime().found == "1.2: Tensorrt, CUDA, CPU; dpctl does not use the Tensorrt provider"
+    (tmp_path / "capi").mkdir()
+    # The name as it lies in the library's table of what it needs.
+    library = tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so"
+    library.write_bytes(b"\x7fELF\0libcudart.so.13\0libnvinfer.so.10\0libnvonnxparser.so.10\0")
+    assert "is for TensorRT 10, and dpctl does not use it" in doctor.onnxruntime().found
+    versions(monkeypatch, tensorrt="10.16.1.11")
+    assert "is for TensorRT 10, and dpctl does not use it" in doctor.onnxruntime().found
+    versions(monkeypatch, tensorrt="11.4.0.106")
+    finding = doctor.onnxruntime()
+    assert "is for TensorRT 10, not 11.4.0.106, and dpctl does not use it" in finding.found
+    assert finding.state == OK
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "state", "found", "todo"),
+    [
+        ((), WARNING, "there is none", "[rtx]"),
+        (((7, 0),), WARNING, "does not support this GPU, compute capability 7.0", "7.5 or later"),
+        (((7, 5),), OK, "on this GPU, compute capability 7.5", ""),
+        (((9, 0), (9, 0), (7, 0)), OK, "on this GPU, compute capability 9.0", ""),
+    ],
+)
+def test_tensorrt_needs_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, capabilities: tuple[tuple[int, int], ...], state: str, found: str, todo: str
+) -> None:
+    modules(monkeypatch, tensorrt=SimpleNamespace(__version__="11.4.0"), torch=torch_with("13.0", (), capabilities))
+    finding = doctor.tensorrt()
+    assert finding.state == state
+    assert finding.found.startswith("11.4.0: ")
+    assert finding.found.endswith(found)
+    assert todo in finding.todo
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "state", "found", "todo"),
+    [
+        ((), OK, "running one needs such a GPU", ""),
+        (((8, 9),), OK, "this GPU, 8.9, runs them", ""),
+        (((9, 0), (12, 0)), OK, "this GPU, 12.0, runs them", ""),
+        (((9, 0),), WARNING, "this GPU has 9.0 and runs none of them", "[gpu]"),
+    ],
+)
+def test_tensorrt_rtx_builds_anywhere(
+    monkeypatch: pytest.MonkeyPatch, capabilities: tuple[tuple[int, int], ...], state: str, found: str, todo: str
+) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    modules(monkeypatch, torch=torch_with("13.0", (), capabilities))
+    finding = doctor.tensorrt_rtx()
+    assert finding.state == state
+    assert finding.found.startswith(f"{rtx.__version__}: builds engines without a GPU for compute capability 7.5, 8.")
+    assert finding.found.endswith(found)
+    assert todo in finding.todo
+
+
+def test_the_targets_are_those_of_the_library() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    targets = doctor.rtx_targets(rtx)
+    names = {f"SM{major}{minor}" for major, minor in targets}
+    assert names == set(rtx.ComputeCapability.__members__) - {"NONE", "CURRENT"}
+    assert (8, 9) in targets
+    assert (12, 0) in targets
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        (doctor.one_tensorrt, ("tensorrt_cu12", "tensorrt_cu13")),
+        (doctor.one_tensorrt_rtx, ("tensorrt_rtx_cu12", "tensorrt_rtx_cu13")),
+    ],
+)
+def test_two_cuda_flavors_are_a_conflict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: Callable[[], Finding], names: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing is installed but what is written here
+    importlib.invalidate_caches()
+    assert part().state == OK
+    for name, state in zip(names, (OK, WARNING), strict=True):
+        (tmp_path / f"{name}-1.7.dist-info").mkdir()
+        (tmp_path / f"{name}-1.7.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1.7\n")
+        importlib.invalidate_caches()
+        finding = part()
+        assert finding.state == state
+        assert f"{name.replace('_', '-')} 1.7" in finding.found
+    assert "pip uninstall" in finding.todo
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "ort_cuda", "installed", "state", "found"),
+    [
+        (None, "", {}, OK, "no library here is built for CUDA"),
+        ("13.0", "13.0", {"tensorrt_cu13": "11.4"}, OK, "PyTorch for CUDA 13.0, ONNX Runtime for CUDA 13.0, TensorRT"),
+        ("13.2", "13.0", {}, OK, "PyTorch for CUDA 13.2, ONNX Runtime for CUDA 13.0"),
+        ("12.8", "13.0", {}, WARNING, "PyTorch for CUDA 12.8, ONNX Runtime for CUDA 13.0"),
+        ("13.0", "", {"tensorrt_cu12": "10.8"}, WARNING, "PyTorch for CUDA 13.0, TensorRT 10.8 for CUDA 12"),
+    ],
+)
+def test_one_major_version_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+    torch_cuda: str | None,
+    ort_cuda: str,
+    installed: dict[str, str],
+    state: str,
+    found: str,
+) -> None:
+    modules(monkeypatch, torch=torch_with(torch_cuda), onnxruntime=SimpleNamespace(cuda_version=ort_cuda))
+    versions(monkeypatch, **installed)
+    finding = doctor.one_cuda()
+    assert finding.state == state
+    assert finding.found.startswith(found)
+    assert ("one major version" in finding.todo) == (state == WARNING)
+
+
+def test_onnxruntime_says_its_cuda() -> None:
+    import onnxruntime
+
+    # What one_cuda reads: "13.0" in the build for a GPU, empty in the one for the processor.
+    assert bool(onnxruntime.cuda_version) == ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
+
+
+def test_without_any_library_there_is_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules(monkeypatch, torch=ImportError("broken"), onnxruntime=ImportError("broken"))
+    versions(monkeypatch)
+    assert doctor.one_cuda().state == OK
+    assert doctor.capabilities() == []
 
 
 def test_intels_dpctl_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:

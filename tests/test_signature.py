@@ -80,6 +80,32 @@ def test_check_says_what_does_not_fit(shapes: dict[str, tuple[int, ...]], words:
         of_unet(CONFIG, (2, 2, 4)).check(shapes)
 
 
+DYNAMIC = of_unet(CONFIG | {"block_out_channels": (8, 8, 8)}, (2, 2, 4), (4, 8, 16))
+
+
+def test_a_dynamic_size_is_named_bounded_and_in_steps_of_what_the_network_halves() -> None:
+    sample = DYNAMIC.input("sample")
+    assert sample.shape == ("batch", 1, "height", "width")
+    assert (sample.at(3, (4, 12)), DYNAMIC.shape(sample, 3)) == ((3, 1, 4, 12), (3, 1, 8, 8))
+    assert DYNAMIC.bounds(sample) == ((2, 1, 4, 4), (2, 1, 8, 8), (4, 1, 16, 16))
+    assert DYNAMIC.check({"sample": (3, 1, 4, 12), "timestep": (3,)}) == 3
+    assert Signature.from_json(json.loads(json.dumps(DYNAMIC.to_json()))) == DYNAMIC
+    with pytest.raises(ValueError, match="dynamic size"):
+        sample.at(3)
+
+
+@pytest.mark.parametrize("size", [(2, 8), (8, 20), (6, 8), (8,), ()])
+def test_a_size_out_of_range_or_between_the_steps_is_refused(size: tuple[int, ...]) -> None:
+    with pytest.raises(DpctlError, match="4 to 16 in multiples of 4"):
+        DYNAMIC.check({"sample": (2, 1, *size), "timestep": (2,)})
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 18), (8, 4, 16), (0, 8, 16)])
+def test_impossible_sizes_are_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(DpctlError, match="in multiples of 4"):
+        of_unet(CONFIG | {"block_out_channels": (8, 8, 8)}, (1, 1, 1), sizes)
+
+
 @pytest.mark.parametrize(
     "change",
     [

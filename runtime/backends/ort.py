@@ -78,18 +78,25 @@ def open_denoiser(
     that declares other tensors than the signature, and one that did not pass its parity check, unless it may have
     `failed`.
     """
-    from diffusers.configuration_utils import FrozenDict
-
     target = find_device(device)
-    onnxruntime = require(target.type)
+    require(target.type)
     manifest = exported(directory)
     if not failed:
         refuse_failed(directory, manifest)
     artifact.verify_files(directory, manifest)
+    return open_graph(directory, graph_of(directory, manifest), manifest, threads, target)
+
+
+def open_graph(
+    directory: Path, graph: Path, manifest: Manifest, threads: int | None, device: torch.device
+) -> OrtDenoiser:
+    """Open a graph in the place of an exported directory's own: one of the same signature."""
+    from diffusers.configuration_utils import FrozenDict
+
     signature = Signature.from_json(manifest.signature)
-    session = _session(onnxruntime, _graph(directory, manifest), threads or torch.get_num_threads(), target)
+    session = _session(require(device.type), graph, threads or torch.get_num_threads(), device)
     _check_tensors(session, signature, directory)
-    return OrtDenoiser(session, signature, FrozenDict(read_config(directory)), target)
+    return OrtDenoiser(session, signature, FrozenDict(read_config(directory)), device)
 
 
 def require(device: str = "cpu") -> ModuleType:
@@ -130,7 +137,8 @@ def exported(directory: Path, backend: str = "ort") -> Manifest:
     return manifest
 
 
-def _graph(directory: Path, manifest: Manifest) -> Path:
+def graph_of(directory: Path, manifest: Manifest) -> Path:
+    """Return the one ONNX graph of an exported directory."""
     graphs = [name for name in manifest.files if GRAPH.fullmatch(name)]
     if len(graphs) != 1:
         got = f"{directory}: {', '.join(graphs) or 'none'}"
@@ -153,10 +161,11 @@ def _session(onnxruntime: ModuleType, graph: Path, threads: int, device: torch.d
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as problem:  # its errors have no class in common
+        said = str(problem).strip().splitlines()[0]
+        lacks = "NOT_IMPLEMENTED" in said  # the processor has next to nothing in bfloat16
+        todo = f"run it on a GPU, or export with --precision fp32: the {device.type} lacks an operator"
         raise DpctlError(
-            "ONNX Runtime cannot load the graph",
-            f"{graph}: {str(problem).strip().splitlines()[0]}",
-            "export the model again",
+            "ONNX Runtime cannot load the graph", f"{graph}: {said}", todo if lacks else "export the model again"
         ) from None
     _check_placement(session, provider)
     return session

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -24,10 +25,11 @@ GRAPH, BATCH = "unet/model.fp32.onnx", (1, 2, 4)
 def instant(plain_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an export of `plain` copy the graph that was made before."""
 
-    def copy(network: Any, signature: Signature, path: Path, properties: dict[str, str]) -> None:
+    def copied(network: Any, signature: Signature, path: Path, *more: Any) -> dict[str, Any]:
         shutil.copyfile(plain_exported / GRAPH, path)
+        return {}
 
-    monkeypatch.setattr(to_onnx, "write_graph", copy)
+    monkeypatch.setattr(to_onnx, "write_graph", copied)
 
 
 def files(directory: Path) -> set[str]:
@@ -54,7 +56,7 @@ def test_the_manifest_names_the_parent_the_signature_and_the_parity(plain: Any, 
     assert (manifest.kind, manifest.parent) == ("exported", plain.digest)
     assert manifest.lineage[-1]["digest"] == plain.digest
     assert Signature.from_json(manifest.signature) == of_unet(read_config(plain.directory), (1, 2, 4))
-    assert manifest.recipe == {"precision": "fp32", "batch": [1, 2, 4]}
+    assert manifest.recipe == {"precision": "fp32", "batch": [1, 2, 4], "components": False}
     assert manifest.stats["params"] == sum(parameter.numel() for parameter in plain.unet.parameters())
     assert manifest.stats["bytes"] == (plain_exported / GRAPH).stat().st_size
     parity = manifest.parity or {}
@@ -178,7 +180,7 @@ def test_what_failed_is_kept_on_request_and_says_so(plain: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"precision": "fp8"}, "choose one of: fp32"),
+        ({"precision": "fp8"}, "choose one of: fp32, fp16, bf16"),
         ({"batch": (4, 2, 1)}, "MIN,OPT,MAX"),
         ({"batch": (0, 1, 1)}, "MIN,OPT,MAX"),
     ],
@@ -189,6 +191,65 @@ def test_what_cannot_be_exported_is_refused_at_once(
     with pytest.raises(DpctlError, match=words):
         export_model(plain, tmp_path / "out", ExportRecipe(**kwargs))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_a_protobufs_size_lie_beside_the_graph(
+    plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "LARGEST_GRAPH", 1000)
+    manifest = export_model(plain, tmp_path / "out", ExportRecipe(batch=BATCH))
+    assert f"{GRAPH}.data" in manifest.files
+    assert (manifest.parity or {})["verdict"] == "passed"
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert verify.verify_directory(tmp_path / "moved")["verdict"] == "passed"
+    with (tmp_path / "moved" / f"{GRAPH}.data").open("r+b") as stream:
+        stream.write(b"changed")
+    with pytest.raises(DpctlError, match="differs from its digest"):
+        open_denoiser(tmp_path / "moved", "ort")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_lower_precision_is_held_to_torchs_own_error(plain: Any, tmp_path: Path, precision: str) -> None:
+    out = tmp_path / "out"
+    manifest = export_model(plain, out, ExportRecipe(precision=precision, batch=BATCH))
+    parity = manifest.parity or {}
+    checks = {name: check["verdict"] for name, check in parity["checks"].items()}
+    assert checks == {
+        "grid": "passed",
+        "guidance": "not run here",
+        "other size": "not run here",
+        "sampling": "passed",
+        "torch at this precision": "passed",
+        "device": "not run here",
+    }
+    for row, own in zip(parity["timesteps"], parity["yardstick"]["relative_l2"], strict=True):
+        assert row["allowed"] == 1.5 * own
+        assert 1e-5 < row["error"] == row["relative_l2"] <= row["allowed"]
+    assert manifest.stats["precision"]["precision"] == precision
+    assert manifest.stats["precision"]["not_lowered"] == {}
+    told = {entry.key: entry.value for entry in onnx.load(out / f"unet/model.{precision}.onnx").metadata_props}
+    assert told["precision"] == precision
+    again = verify.verify_directory(out)
+    assert again["worst"]["error"] == pytest.approx(parity["worst"]["error"])
+    assert again["checks"]["torch at this precision"] == parity["checks"]["torch at this precision"]
+
+
+def test_what_overflows_in_float16_is_not_published_as_float16(plain: Any, tmp_path: Path) -> None:
+    loud = copy.deepcopy(plain)
+    with torch.no_grad():  # 1e5 on the way, and small again: float32 and bfloat16 do not mind
+        loud.unet.mid_block.resnets[0].conv1.weight.mul_(3e5)
+    with pytest.raises(GateError, match=r"NaN or Inf in mid_block\.resnets\.0\.conv1 at timestep"):
+        export_model(loud, tmp_path / "out", ExportRecipe(precision="fp16", batch=BATCH))
+    assert not (tmp_path / "out").exists()
+    assert (export_model(loud, tmp_path / "bf16", ExportRecipe(precision="bf16", batch=BATCH)).parity or {})[
+        "verdict"
+    ] == "passed"
+
+
+@pytest.mark.parametrize("size", [(3, 8, 16), (8, 6, 16), (0, 8, 16)])
+def test_impossible_sizes_are_refused(plain: Any, tmp_path: Path, size: tuple[int, int, int]) -> None:
+    with pytest.raises(DpctlError, match="MIN,OPT,MAX"):
+        export_model(load_model("reference"), tmp_path / "out", ExportRecipe(size=size))
 
 
 @pytest.mark.usefixtures("instant")

@@ -158,6 +158,7 @@ def test_an_exported_directory_passes_again_without_the_weights(plain_exported: 
         "guidance": "not run here",
         "other size": "not run here",
         "sampling": "passed",
+        "device": "passed",
     }
 
 

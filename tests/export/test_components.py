@@ -1,0 +1,176 @@
+"""The other networks of a pipeline: with them an exported directory makes the image that the pipeline makes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from dpctl import artifact
+from dpctl.errors import DpctlError
+from dpctl.models import load_model, write_pipeline
+from dpctl.recipe import ExportRecipe
+from dpctl.signature import of_unet
+from export import export_model
+from export.components import load_components
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+    "bos_token_id": 98,
+    "eos_token_id": 99,
+    "pad_token_id": 99,
+}
+
+
+def save_pipeline(directory: Path, unet: Any, encoder: Any) -> Path:
+    """Write a Stable Diffusion pipeline without its tokenizer, whose vocabulary no toy has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            latent_channels=4,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        )
+    write_pipeline(
+        directory, unet=unet, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    )
+    vae.save_pretrained(directory / "vae")
+    encoder.save_pretrained(directory / "text_encoder")
+    index = json.loads((directory / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"text_encoder": ["transformers", type(encoder).__name__]}
+    (directory / "model_index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pipeline(families: dict[str, Callable[..., Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
+    unet = families["stable-diffusion"](in_channels=4, out_channels=4)
+    return save_pipeline(tmp_path_factory.mktemp("components") / "sd", unet, encoder)
+
+
+@pytest.fixture(scope="module")
+def exported(pipeline: Path) -> Path:
+    out = pipeline.with_name("exported")
+    export_model(load_model(pipeline), out, ExportRecipe(batch=(1, 1, 2), components=True))
+    return out
+
+
+def session(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_the_graphs_alone_make_the_image_that_the_pipeline_makes(pipeline: Path, exported: Path) -> None:
+    ids, blank = torch.randint(1, 98, (1, 77)), torch.full((1, 77), 99)
+    noise = torch.randn(1, 4, 8, 8)
+    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+    loaded: dict[str, Any] = {name: kind.from_pretrained(pipeline / name).eval() for name, kind in parts.items()}
+    stock = StableDiffusionPipeline(
+        **loaded,
+        scheduler=DDIMScheduler.from_pretrained(pipeline / "scheduler"),
+        tokenizer=None,  # type: ignore[arg-type]
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        expected = stock(
+            prompt_embeds=loaded["text_encoder"](ids)[0],
+            negative_prompt_embeds=loaded["text_encoder"](blank)[0],
+            latents=noise,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            output_type="pt",
+        ).images
+
+    # The same by hand, and nothing of torch's networks.
+    encoder, unet, decoder = (
+        session(exported / name) for name in ("text_encoder/model.onnx", "unet/model.fp32.onnx", "vae/decoder.onnx")
+    )
+    states = torch.cat(
+        [torch.from_numpy(encoder.run(["last_hidden_state"], {"input_ids": x.numpy()})[0]) for x in (blank, ids)]
+    )
+    scheduler = DDIMScheduler.from_pretrained(exported / "scheduler")
+    scheduler.set_timesteps(4)
+    latents = noise
+    for t in scheduler.timesteps:
+        given = {"sample": latents.repeat(2, 1, 1, 1), "timestep": t.float().repeat(2), "encoder_hidden_states": states}
+        out = torch.from_numpy(unet.run(None, {name: value.numpy() for name, value in given.items()})[0])
+        unconditional, conditional = out.chunk(2)
+        guided = unconditional + 5.0 * (conditional - unconditional)
+        latents = scheduler.step(guided, t, latents).prev_sample
+    scaled = latents / loaded["vae"].config.scaling_factor
+    image = torch.from_numpy(decoder.run(None, {"latent_sample": scaled.numpy()})[0]) / 2 + 0.5
+    torch.testing.assert_close(image.clamp(0, 1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_manifest_holds_graph_signature_and_verdict_of_each(exported: Path) -> None:
+    manifest = artifact.read_manifest(exported)
+    assert manifest is not None
+    found = (manifest.parity or {})["components"]
+    assert {name: (part["graph"], part["verdict"]) for name, part in found.items()} == {
+        "text_encoder": ("text_encoder/model.onnx", "passed"),
+        "vae": ("vae/decoder.onnx", "passed"),
+    }
+    outputs = [tensor["name"] for tensor in found["text_encoder"]["signature"]["outputs"]]
+    assert outputs == ["last_hidden_state", "penultimate_hidden_state", "pooler_output"]
+    assert found["vae"]["signature"]["outputs"][0]["shape"] == ["batch", 3, 16, 16]
+    assert found["vae"]["signature"]["batch"] == [1, 1, 2]
+    assert (manifest.signature or {})["batch"] == [1, 2, 4]
+    artifact.verify_files(exported, manifest)
+
+
+def test_a_projected_text_encoder_gives_its_embedding(pipeline: Path, tmp_path: Path) -> None:
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT))
+    shutil.copytree(pipeline, tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd/text_encoder")
+    encoder.save_pretrained(tmp_path / "sd/text_encoder")
+    index = json.loads((tmp_path / "sd/model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "CLIPTextModelWithProjection"]
+    (tmp_path / "sd/model_index.json").write_text(json.dumps(index))
+    model = load_model(tmp_path / "sd")
+    signature = of_unet({**model.unet.config, "_class_name": "UNet2DConditionModel"})
+    found = load_components(model, signature, (1, 1, 2))[0]
+    assert [tensor.name for tensor in found.signature.outputs][-1] == "text_embeds"
+    ids = torch.randint(1, 98, (2, 77))
+    with torch.no_grad():
+        assert torch.equal(found.network(ids)[2], encoder.eval()(ids).text_embeds)
+
+
+def test_what_has_no_components_and_unknown_ones_are_refused(
+    pipeline: Path, toy_pipeline: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DpctlError, match="no other components"):
+        export_model(load_model(toy_pipeline), tmp_path / "out", ExportRecipe(components=True))
+    shutil.copytree(pipeline, tmp_path / "sd")
+    index = json.loads((tmp_path / "sd/model_index.json").read_text())
+    index["text_encoder"] = ["somewhere", "T5Custom"]
+    (tmp_path / "sd/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(DpctlError, match="text_encoder: T5Custom"):
+        export_model(load_model(tmp_path / "sd"), tmp_path / "out", ExportRecipe(components=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_components_are_never_read(pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline, tmp_path / "sd")
+    weights = tmp_path / "sd/vae/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(DpctlError, match="cannot be loaded"):
+        export_model(load_model(tmp_path / "sd"), tmp_path / "out", ExportRecipe(components=True))
