@@ -208,6 +208,27 @@ def export(
 
 
 @app.command()
+def refit(
+    engine: Annotated[
+        Path, typer.Argument(help="An engine that was built with --refit, in its directory.", show_default=False)
+    ],
+    model: options.ModelArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The directory to write; the engine's own without.", show_default=False),
+    ] = None,
+    force: options.Force = False,
+    json_: options.Json = False,
+) -> None:
+    """Put the weights of a model of the same shape into an engine, on the GPU that runs it."""
+    from dpctl import inspect
+    from export.refit import refit as put_into
+
+    manifest = put_into(engine, model, out, force=force, bar=progress.bar)
+    _print(inspect.report(manifest, engine.parent.parent if out is None else out), json_)
+
+
+@app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
     backend: Annotated[str, typer.Option(help="What runs it: ort or trt.")] = "ort",

@@ -309,3 +309,25 @@ def _tensors(get: Any, count: int) -> Iterator[dict[str, Any]]:
     for tensor in tensors:
         if tensor is not None:
             yield {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+
+
+def refitted(engine: Path, about: EngineManifest, graph: Path) -> Any:
+    """Return an engine with the weights of a graph of the same shape in place of its own, serialized: a buffer.
+
+    The engine must be loaded for that: this needs the GPU that it is for. Raises a DpctlError where weights are missing
+    or refused.
+    """
+    library = require(about.flavor)
+    loaded = load(library, engine, about)
+    refitter = library.Refitter(loaded, log_of(library))
+    # The parser knows under which names it gave the graph's weights to the engine, and which it had folded together.
+    parser = library.OnnxParserRefitter(refitter, log_of(library))
+    taken = parser.refit_from_file(str(graph))
+    missing = refitter.get_missing_weights()
+    if not taken or missing or not refitter.refit_cuda_engine():
+        got = f"missing: {', '.join(missing)}" if missing else _said(library)
+        todo = f"build a new engine: {engines.rebuild(engine, about.engine_recipe)}"
+        raise DpctlError("the engine does not take the new weights", got, todo)
+    settings = loaded.create_serialization_config()
+    settings.set_flag(library.SerializationFlag.INCLUDE_REFIT)
+    return loaded.serialize_with_config(settings)

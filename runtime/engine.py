@@ -110,6 +110,8 @@ def _check_values(manifest: EngineManifest) -> None:
         raise ValueError(f"format_version {manifest.format_version}, flavor {manifest.flavor}")
     if any(not isinstance(sha256, str) or Path(part).name != part for part, sha256 in manifest.onnx.items()):
         raise ValueError(f"onnx is {manifest.onnx}")
+    if not any(part.endswith(".onnx") for part in manifest.onnx):
+        raise ValueError("onnx names no graph")
     if any(not re.fullmatch(r"\d+\.\d+\+?", str(target)) for target in manifest.targets):
         raise ValueError(f"targets are {manifest.targets}")
     _ = manifest.engine_recipe

@@ -7,8 +7,10 @@ the network.
 import copy
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -195,3 +197,101 @@ def families() -> dict[str, Callable[..., Any]]:
         return unet.eval()
 
     return {name: functools.partial(make, *what) for name, what in FAMILIES.items()}
+
+
+class Checked:
+    """Stands in for an object of a class of TensorRT: what that class has not, or does not take so, fails the test.
+
+    The classes are compiled, and have no signatures but those in their docstrings. `does` says what a method does and
+    what a property gives; what is set is kept.
+    """
+
+    def __init__(self, real: type, **does: Any) -> None:
+        unknown = [name for name in does if not hasattr(real, name)]
+        assert not unknown, f"{real.__name__} has no {unknown}"
+        self.__dict__.update(_real=real, _does=does, _calls=[])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        member = getattr(self._real, name)  # AttributeError where there is none
+        assert name in self._does, f"the test does not say what {self._real.__name__}.{name} does"
+        found = self._does[name]
+        if isinstance(member, property):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check_call(member, (self, *args), kwargs)
+            self._calls.append((name, *args))
+            return found(*args, **kwargs) if callable(found) else found
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        member = getattr(self._real, name)
+        assert isinstance(member, property), f"{self._real.__name__}.{name} is no property"
+        assert member.fset is not None, f"{self._real.__name__}.{name} is read-only"
+        self._does[name] = value
+
+
+def check_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Fail unless one of the signatures in the docstring of a compiled function takes these arguments."""
+    name, told = function.__name__, function.__doc__ or ""
+    signatures = [
+        found[1] for line in told.splitlines() if (found := re.match(rf"(?:\d+\. )?{name}\((.*)\) -> ", line))
+    ]
+    real = [text for text in signatures if "*args" not in text]
+    assert real, f"{name} has no signature in its docstring"
+    assert any(_takes(text, args, kwargs) for text in real), f"{name}{args}{kwargs} fits none of {real}"
+
+
+def _takes(signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a signature such as ``self: a.b.C, name: str, shape: tuple = ()`` takes the arguments."""
+    parts = [part.strip() for part in re.split(r",(?![^\[(<]*[\])>])", signature) if part.strip()]
+    named = [re.match(r"(\w+)(?:: ([^=]+?))?( = .*)?$", part) for part in parts]
+    assert all(named), signature
+    kinds = {found[1]: found[2] for found in named if found}
+    given = dict(zip(kinds, args, strict=False)) | kwargs
+    needed = {found[1] for found in named if found and not found[3]}
+    if len(args) > len(kinds) or not needed <= given.keys() <= kinds.keys():
+        return False
+    return all(_is(value, kinds[name]) for name, value in given.items())
+
+
+def _is(value: Any, kind: str | None) -> bool:
+    if kind is None or value is None:
+        return True
+    word = re.split(r"[.:]", kind)[-1].strip()
+    plain: dict[str, Any] = {"SupportsInt": int, "str": str, "bool": bool, "tuple": tuple, "Buffer": bytes}
+    if word in plain:
+        return isinstance(value, plain[word])
+    family = value._real.__mro__ if isinstance(value, Checked) else type(value).__mro__
+    return word in {base.__name__ for base in family}
+
+
+@pytest.fixture(scope="session")
+def checked() -> type[Checked]:
+    """Return the class of stand-ins for TensorRT's objects."""
+    return Checked
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> Callable[..., Any]:
+    """Return `stand_in(real, name, **classes)`: a library with the real one's names, and classes put in for some."""
+
+    class Library(ModuleType):
+        def __init__(self, real: ModuleType, name: str, **classes: Any) -> None:
+            super().__init__(name)
+            self.__dict__.update(_real=real, __version__=real.__version__)
+            for called, make in classes.items():
+                self.__dict__[called] = functools.partial(self._make, getattr(real, called), make)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+        @staticmethod
+        def _make(real: type, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            check_call(real.__init__, (Checked(real), *args), kwargs)
+            return make(*args, **kwargs)
+
+    return Library

@@ -192,7 +192,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert imported & HEAVY == set()
 
 
-COMMANDS = ("prune", "finetune", "train", "export", "verify", "bench", "run", "sample", "inspect", "doctor")
+COMMANDS = ("prune", "finetune", "train", "export", "refit", "verify", "bench", "run", "sample", "inspect", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,8 +1,30 @@
-"""One tiny UNet with attention, as a model directory and exported."""
+"""One tiny UNet with attention, as a model directory and exported; and stand-ins for a GPU and for TensorRT.
 
+The stand-in of an execution context reads and writes the addresses it was given, and computes with ONNX Runtime; the
+stand-in of a CUDA graph replays what was recorded.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import inspect
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+
+from dpctl import artifact
+from dpctl.recipe import EngineRecipe, to_dict
+from dpctl.signature import Signature
+from runtime import engine as engines
+from runtime.backends import ort, trt
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +82,228 @@ def engine_directory(exported_directory: Path) -> Path:
     directory = exported_directory.with_name("engine")
     export_engine(exported_directory, directory, EngineRecipe())
     return directory
+
+
+# --- stand-ins --------------------------------------------------------------------------------------------------------
+
+# What the GPU of the stand-ins is, and how much memory an engine asks for.
+SCRATCH = 4096
+GPU = {"capability": "8.9", "gpu": "NVIDIA L4"}
+
+
+class Stream:
+    """A CUDA stream as far as the backend uses it."""
+
+    def __init__(self, machine: "Machine", name: str) -> None:
+        self.machine, self.name, self.cuda_stream = machine, name, 7
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.machine.log.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.machine.log.append(f"{self.name} is done")
+
+
+class Machine:
+    """What stands in for the GPU: it runs at once, or records for a CUDA graph."""
+
+    def __init__(self, graph: Path) -> None:
+        self.graph, self.log = graph, list[str]()
+        self.recording: list[Callable[[], None]] | None = None
+        self.contexts: list[Any] = []
+        self.caller = Stream(self, "caller")
+
+    def execute(self, context: "Context") -> bool:
+        if self.recording is not None:
+            self.recording.append(context.run)
+        else:
+            context.run()
+        return True
+
+
+class Context:
+    """What an execution context does: remembers shapes and addresses, and computes from the one to the other."""
+
+    def __init__(self, machine: Machine, signature: Signature) -> None:
+        self.machine, self.signature = machine, signature
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch: tuple[int, int] | None = None
+
+    def run(self) -> None:
+        self.machine.log.append("runs")
+        inputs = {}
+        for tensor in self.signature.inputs:
+            shape, kind = self.shapes[tensor.name], ctypes.c_float if tensor.dtype == "float32" else ctypes.c_int64
+            there = (kind * int(np.prod(shape))).from_address(self.addresses[tensor.name])
+            inputs[tensor.name] = np.ctypeslib.as_array(there).reshape(shape).copy()
+        output = self.signature.outputs[0].name
+        (result,) = ort.run_graph(self.machine.graph, inputs, [output])
+        ctypes.memmove(self.addresses[output], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+
+
+class Graph:
+    """A CUDA graph: what was recorded, again."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def machine(exported_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Put a machine in the place of torch.cuda."""
+    found = Machine(exported_directory / "unet" / "model.fp32.onnx")
+    real = torch.cuda.graph
+
+    @contextlib.contextmanager
+    def capture(*args: Any, **kwargs: Any) -> Iterator[None]:
+        inspect.signature(real).bind(*args, **kwargs)
+        found.recording = []
+        yield
+        args[0].calls, found.recording = found.recording, None
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        yield
+
+    stand_ins = {
+        "Stream": lambda device=None: Stream(found, "ours"),
+        "CUDAGraph": Graph,
+        "current_stream": lambda device=None: found.caller,
+        "stream": on,
+        "device": lambda device: contextlib.nullcontext(),
+        "graph": capture,
+        "empty_cache": lambda: found.log.append("gives memory back"),
+        "get_device_name": lambda device=None: GPU["gpu"],
+    }
+    for name, stand_in in stand_ins.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(trt, "find_gpu", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(trt, "capability_of", lambda device: GPU["capability"])
+    return found
+
+
+@pytest.fixture
+def signature(exported_directory: Path) -> Signature:
+    manifest = artifact.read_manifest(exported_directory)
+    assert manifest is not None
+    return Signature.from_json(manifest.signature)
+
+
+@pytest.fixture
+def make_context(checked: Any, machine: Machine, signature: Signature) -> Callable[..., Any]:
+    """Return what makes the stand-in of an execution context of a library."""
+
+    def make(library: Any) -> Any:
+        state = Context(machine, signature)
+        context = checked(
+            library.IExecutionContext,
+            set_input_shape=lambda name, shape: state.shapes.update({name: shape}) or True,
+            set_tensor_address=lambda name, memory: state.addresses.update({name: memory}) or True,
+            set_device_memory=lambda memory, size: setattr(state, "scratch", (memory, size)),
+            execute_async_v3=lambda stream_handle: machine.execute(state),
+        )
+        context.__dict__["state"] = state
+        machine.contexts.append(context)
+        return context
+
+    return make
+
+
+@pytest.fixture
+def make_engine(checked: Any, make_context: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    """Return what makes the stand-in of an engine of a library."""
+
+    def make(library: Any, **changed: Any) -> Any:
+        tensors = {tensor.name: tensor for tensor in (*signature.inputs, *signature.outputs)}
+        names = list(tensors)
+        modes = {tensor.name: library.TensorIOMode.INPUT for tensor in signature.inputs}
+        does: dict[str, Any] = {
+            "num_io_tensors": len(names),
+            "get_tensor_name": lambda index: names[index],
+            "get_tensor_mode": lambda name: modes.get(name, library.TensorIOMode.OUTPUT),
+            "get_tensor_dtype": lambda name: library.float32,
+            "get_tensor_shape": lambda name: library.Dims(trt.dynamic(tensors[name].shape)),
+            "device_memory_size_v2": SCRATCH,
+            "create_execution_context": lambda settings: make_context(library),
+        }
+        return checked(library.ICudaEngine, **does | changed)
+
+    return make
+
+
+@pytest.fixture
+def with_engine(exported_directory: Path, tmp_path: Path) -> Path:
+    """An exported directory with an engine of some bytes and a manifest that is true, as of TensorRT."""
+    copied = Path(shutil.copytree(exported_directory, tmp_path / "copied"))
+    _add_engine(copied, EngineRecipe(flavor="tensorrt"))
+    return copied
+
+
+@pytest.fixture(scope="session")
+def add_engine() -> Callable[..., Path]:
+    """Return what puts an engine of some bytes into a directory: `add_engine(directory, recipe, **changed)`."""
+    return _add_engine
+
+
+def _add_engine(directory: Path, recipe: EngineRecipe, **changed: Any) -> Path:
+    targets = changed.get("targets", ["8.9"])
+    engine = directory / "unet" / engines.name("fp32", recipe.flavor, targets)
+    engine.write_bytes(b"an engine for " + recipe.flavor.encode())
+    values: dict[str, Any] = {
+        "flavor": recipe.flavor,
+        "version": _library(recipe.flavor).__version__,
+        "targets": targets,
+        "gpu": GPU["gpu"] if recipe.flavor == "tensorrt" else None,
+        "precision": "fp32",
+        "profile": {},
+        "weights_bytes": None,
+        "activation_bytes": None,
+        "build_s": 1.0,
+        "sha256": artifact.hash_file(engine),
+        "size_bytes": engine.stat().st_size,
+        "onnx": engines.graph_digests(engine.with_name("model.fp32.onnx")),
+        "recipe": to_dict(recipe),
+        "built_on": {},
+    }
+    engines.sidecar(engine).write_text(engines.EngineManifest(**values | changed).to_json())
+    manifest = artifact.read_manifest(directory)
+    assert manifest is not None
+    manifest = dataclasses.replace(manifest, files=artifact.hash_files(directory))
+    (directory / artifact.MANIFEST).write_text(manifest.to_json())
+    return engine
+
+
+def _library(flavor: str) -> Any:
+    """Return what has the real classes of a flavor."""
+    name = "tensorrt_rtx" if flavor == "rtx" else "tensorrt_lean"
+    return pytest.importorskip(name, reason=f"{name} is not installed: see [dev] in pyproject.toml")
+
+
+@pytest.fixture
+def opened(
+    checked: Any, stand_in: Any, make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> SimpleNamespace:
+    """Put stand-ins in the place of TensorRT (with the lean runtime's classes) and of TensorRT-RTX.
+
+    `loaded` lists the bytes that were given to a runtime, `engines` the engines that it gave.
+    """
+    seen = SimpleNamespace(loaded=[], engines=[], changed={})
+    lean, rtx = _library("tensorrt"), _library("rtx")
+    for real, name in ((lean, "tensorrt"), (lean, "tensorrt_lean"), (rtx, "tensorrt_rtx")):
+
+        def load(plan: bytes, real: Any = real) -> Any:
+            seen.loaded.append(plan)
+            made = make_engine(real, **seen.changed)
+            seen.engines.append(weakref.ref(made))
+            return made
+
+        runtime = checked(real.Runtime, deserialize_cuda_engine=load)
+        library = stand_in(real, name, Runtime=lambda logger, runtime=runtime: runtime)
+        monkeypatch.setitem(sys.modules, name, library)
+    return seen
