@@ -14,7 +14,7 @@ from dpctl.recipe import ExportRecipe, to_dict
 from dpctl.signature import Signature, Sizes, check_batch, of_unet, rows_of
 from export import engines, golden, verify, yardstick
 from export.components import export_components, load_components
-from export.graph import OPSET, write_graph
+from export.graph import write_graph
 from export.precision import PRECISIONS
 from export.worst import worst_tensor
 from runtime.backends.eager import EagerDenoiser
@@ -62,7 +62,11 @@ def export_model(
             | cost.stats(model.unet)
             | {"bytes": cost.file_bytes(directory), "precision": told},
             signature=signature.to_json(),
-            parity={"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": OPSET}
+            parity={
+                "verdict": verify.NOT_RUN,
+                "precision": recipe.precision,
+                "opset": PRECISIONS[recipe.precision].opset,
+            }
             | ({"components": parts} if parts else {}),
             **artifact.descent(model.manifest, model.digest, model.source),
         )
