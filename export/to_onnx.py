@@ -45,7 +45,6 @@ def export_model(
     network = Network(model.unet).eval()
     # Loaded first: what is wrong with them costs no export.
     others = load_components(model, signature, recipe.batch) if recipe.components else []
-    failure: GateError | None = None
     with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
         write_components(model, directory)
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
@@ -54,36 +53,50 @@ def export_model(
         advance(1)
         made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
         golden.store(directory, made)
-        manifest = artifact.write_manifest(
-            directory,
-            kind="exported",
-            recipe=to_dict(recipe),
-            stats=(model.manifest.stats if model.manifest is not None else {})
-            | cost.stats(model.unet)
-            | {"bytes": cost.file_bytes(directory), "precision": told},
-            signature=signature.to_json(),
-            parity={
-                "verdict": verify.NOT_RUN,
-                "precision": recipe.precision,
-                "opset": PRECISIONS[recipe.precision].opset,
-            }
-            | ({"components": parts} if parts else {}),
-            **artifact.descent(model.manifest, model.digest, model.source),
-        )
+        manifest = _recorded(directory, model, recipe, signature, told, parts)
         advance(1)
         manifest = _checked(directory, manifest, model, network)
         advance(1)
-        try:
-            verify.gate(manifest.parity or {}, out)
-        except GateError as problem:
-            if not keep_failed:
-                raise
-            failure = problem
+        failure = _breach(manifest, out)
+        if failure is not None and not keep_failed:
+            raise failure
         if recipe.engine is not None and failure is None:
             manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
     if failure is not None:
         raise failure
     return manifest
+
+
+def _recorded(
+    directory: Path,
+    model: Model,
+    recipe: ExportRecipe,
+    signature: Signature,
+    told: dict[str, Any],
+    components: dict[str, Any],
+) -> Manifest:
+    """Write the manifest of what was exported, before anything of it has run; `told` is of the graph's precision."""
+    parity = {"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": PRECISIONS[recipe.precision].opset}
+    return artifact.write_manifest(
+        directory,
+        kind="exported",
+        recipe=to_dict(recipe),
+        stats=(model.manifest.stats if model.manifest is not None else {})
+        | cost.stats(model.unet)
+        | {"bytes": cost.file_bytes(directory), "precision": told},
+        signature=signature.to_json(),
+        parity=parity | ({"components": components} if components else {}),
+        **artifact.descent(model.manifest, model.digest, model.source),
+    )
+
+
+def _breach(manifest: Manifest, out: Path) -> GateError | None:
+    """Return what the gate says against an export, if anything."""
+    try:
+        verify.gate(manifest.parity or {}, out)
+    except GateError as problem:
+        return problem
+    return None
 
 
 def check(recipe: ExportRecipe) -> None:
