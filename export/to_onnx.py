@@ -15,6 +15,7 @@ from dpctl.signature import Signature, Sizes, check_batch, of_unet, rows_of
 from export import engines, golden, verify, yardstick
 from export.components import export_components, load_components
 from export.graph import write_graph
+from export.memory import release
 from export.precision import PRECISIONS
 from export.worst import worst_tensor
 from runtime.backends.eager import EagerDenoiser
@@ -50,6 +51,7 @@ def export_model(
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
         told = write_graph(network, signature, graph, {"parent_digest": model.digest}, recipe.precision)
         parts = export_components(others, model.digest, directory)
+        release()
         advance(1)
         made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
         golden.store(directory, made)
@@ -61,6 +63,8 @@ def export_model(
         if failure is not None and not keep_failed:
             raise failure
         if recipe.engine is not None and failure is None:
+            del model, network, made, others  # a builder needs memory for itself
+            release()
             manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
     if failure is not None:
         raise failure
@@ -141,6 +145,7 @@ def _checked(directory: Path, manifest: Manifest, model: Model, network: Network
     with verify.opened(directory) as (denoiser, _):
         measured = verify.measure(denoiser, read, signature, scheduler, own.get("yardstick"))
         measured["checks"] |= own.pop("checks", {}) | verify.on_device(precision, "ort", denoiser.device)
+    release()
     measured["verdict"] = verify.overall(measured["checks"])
     measured["worst"] |= _worst_tensor(directory, manifest, network, read, measured)
     manifest = dataclasses.replace(manifest, parity={**(manifest.parity or {}), **own, **measured})
