@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 	$(if $(findstring gpu,$(EXTRAS)),--constraint constraints-gpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
 
-.PHONY: help setup check test test-all demo evidence rounds before-finetuning bench bench-scoring reference clean distclean
+.PHONY: help setup check test test-all demo evidence rounds before-finetuning bench bench-scoring engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -87,6 +87,9 @@ rounds: $(STAMP) ## a cut to 20 % of the MACs in one and in three rounds, with c
 
 before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any finetune, half an hour; continues after a stop
 	$(BIN)/python scripts/before_finetuning.py --page docs/pruning.md
+
+engine-comparison: $(STAMP) ## the table of docs/export.md: engines of the unpruned and of the slim network, about a minute
+	$(BIN)/python scripts/engine_comparison.py --page docs/export.md
 
 bench: $(STAMP) ## measure the demo's models again
 	$(BIN)/dpctl bench reference demo/finetuned --out demo/bench-again --force

@@ -127,11 +127,13 @@ def build(graph: Path, signature: Signature, recipe: EngineRecipe, precision: st
     log_of(library).lines.clear()
     began = time.perf_counter()
     builder = library.Builder(log_of(library))
-    network = parse(library, builder, graph)
+    # The network's weights lie in the parser's memory: it stays until the engine is built.
+    network, parser = parse(library, builder, graph)
     _check_tensors(network, signature, graph)
     profile = {tensor.name: signature.bounds(tensor) for tensor in signature.inputs}
     plan = _plan(library, builder, network, recipe, profile, engine.with_suffix(CACHE))
     build_s = time.perf_counter() - began
+    del parser
     memory = logged_memory(library)
     engine.write_bytes(plan)
     manifest = EngineManifest(
@@ -171,14 +173,14 @@ def _loaded(library: ModuleType, engine: Path, manifest: EngineManifest) -> Any 
     return load(library, engine, manifest)
 
 
-def parse(library: ModuleType, builder: Any, graph: Path) -> Any:
-    """Return the strongly typed network of an ONNX file; a DpctlError names the node that cannot be read."""
+def parse(library: ModuleType, builder: Any, graph: Path) -> tuple[Any, Any]:
+    """Return the strongly typed network of an ONNX file and its parser; a DpctlError names a node that is not read."""
     typed = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only kind, where it is gone
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = library.OnnxParser(network, log_of(library))
     # From the file, so that weights beside it are found.
     if parser.parse_from_file(str(graph)):
-        return network
+        return network, parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     raise _unreadable(library, graph, errors)
 

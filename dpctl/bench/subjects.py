@@ -10,10 +10,12 @@ from dpctl.artifact import Manifest
 from dpctl.bench.result import EAGER, Model
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, resolve
-from dpctl.recipe import BenchRecipe, ExportRecipe
+from dpctl.recipe import BenchRecipe, EngineRecipe, ExportRecipe
 
 # Samples for the quality are drawn in batches of this size, where the exported range allows it.
 DRAWN_TOGETHER = 64
+# The backend that runs engines.
+ENGINES = "trt"
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,16 @@ def _entry(model: Model, backend: str, recipe: BenchRecipe, exported: Sequence[P
     largest = max(recipe.batch_sizes)
     for directory in exported:
         manifest = artifact.read_manifest(directory)
-        if manifest is not None and _serves(manifest, model, largest):
+        if manifest is not None and _serves(manifest, model, largest, backend):
             return Entry(model, backend, directory, str(directory))
-    directory = cached_export(model, largest, bar)
+    directory = (cached_engine if backend == ENGINES else cached_export)(model, largest, bar)
     return Entry(model, backend, directory, f"exported for this measurement into {directory}")
 
 
-def _serves(manifest: Manifest, model: Model, largest: int) -> bool:
-    """Tell whether a directory is an export of `model` that takes batches of 1 to `largest`."""
+def _serves(manifest: Manifest, model: Model, largest: int, backend: str) -> bool:
+    """Tell whether a directory is an export of `model` for the backend, and takes batches of 1 to `largest`."""
+    if backend == ENGINES and not manifest.stats.get("engines"):
+        return False
     if manifest.kind != "exported" or manifest.parent != model.digest or manifest.signature is None:
         return False
     low, _, high = manifest.signature["batch"]
@@ -143,11 +147,32 @@ def cached_export(model: Model, largest: int, bar: progress.Bar) -> Path:
     versions = [environment.version(name) or "" for name in ("dpctl-diffusion", "torch", "onnx", "onnxscript")]
     key = artifact.digest({"model": model.digest, "batch": str(high), "versions": " ".join(versions)})
     directory = cache() / key[:32]
-    manifest = artifact.read_manifest(directory) if directory.is_dir() else None
-    if manifest is None or not _serves(manifest, model, largest) or artifact.hash_files(directory) != manifest.files:
+    if not _intact(directory, model, largest, "ort"):
         recipe = ExportRecipe(batch=(1, min(8, high), high))
         export_model(load_model(model.source), directory, recipe, force=True, bar=bar)
     return directory
+
+
+def cached_engine(model: Model, largest: int, bar: progress.Bar) -> Path:
+    """Return the same with an engine for the GPU here; a DpctlError without a GPU, before anything is exported."""
+    from export.engines import export_engine
+    from runtime.backends import trt
+
+    gpu = trt.find_gpu(None)
+    source = cached_export(model, largest, bar)
+    versions = [environment.version(name) or "" for name in ("tensorrt", "tensorrt-rtx")]
+    key = artifact.digest({"source": source.name, "gpu": trt.name_of(gpu), "versions": " ".join(versions)})
+    directory = cache() / key[:32]
+    if not _intact(directory, model, largest, ENGINES):
+        export_engine(source, directory, EngineRecipe(), force=True, bar=bar)
+    return directory
+
+
+def _intact(directory: Path, model: Model, largest: int, backend: str) -> bool:
+    manifest = artifact.read_manifest(directory) if directory.is_dir() else None
+    if manifest is None or not _serves(manifest, model, largest, backend):
+        return False
+    return artifact.hash_files(directory) == manifest.files
 
 
 def cache() -> Path:

@@ -199,6 +199,11 @@ def capability_of(device: torch.device) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
+def name_of(device: torch.device) -> str:
+    """Return the name of a GPU, which says its model."""
+    return str(torch.cuda.get_device_name(device))
+
+
 def require(flavor: str, *, lean: bool = False) -> ModuleType:
     """Import the library of a flavor, or TensorRT's lean runtime; a DpctlError names what to install."""
     todo = f"pip install 'dpctl-diffusion[{EXTRAS[flavor]}]'"
@@ -284,7 +289,7 @@ def _choose(found: list[Path], device: torch.device) -> tuple[Path, EngineManife
                 about,
                 version=library.__version__,
                 capability=capability_of(device),
-                gpu=torch.cuda.get_device_name(device),
+                gpu=name_of(device),
             )
             chosen.append((path, about, library))
         except DpctlError as problem:
@@ -324,7 +329,7 @@ def dynamic(shape: Sequence[str | int]) -> tuple[int, ...]:
 def _cache_path(about: EngineManifest, device: torch.device) -> Path:
     """Return where the kernels compiled for an engine are kept: below $XDG_CACHE_HOME, or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    gpu = artifact.digest({"engine": about.sha256, "gpu": torch.cuda.get_device_name(device)})
+    gpu = artifact.digest({"engine": about.sha256, "gpu": name_of(device)})
     return Path(base) / "dpctl" / "rtx" / f"{gpu[:32]}.cache"
 
 

@@ -7,6 +7,7 @@ import pytest
 from dpctl import cost
 from dpctl.bench import order, subjects
 from dpctl.errors import DpctlError
+from dpctl.progress import no_bar
 from dpctl.prune import prune
 from dpctl.recipe import BenchRecipe, PruneRecipe
 
@@ -56,3 +57,24 @@ def test_each_round_begins_with_another_and_turns_around() -> None:
     runs: Any = ["a", "b", "c"]
     orders = ["".join(order(runs, number)) for number in range(4)]
     assert orders == ["abc", "acb", "cab", "cba"]
+
+
+def test_an_engine_is_made_from_the_cached_export_and_found_again(
+    toy_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'dpctl-diffusion[rtx]'")
+    import torch
+
+    from runtime.backends import trt
+
+    (model,) = subjects.describe(BenchRecipe(baseline=str(toy_pipeline)))
+    with pytest.raises(DpctlError, match="NVIDIA GPU"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        subjects.cached_engine(model, 2, no_bar)
+    monkeypatch.setattr(trt, "find_gpu", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(trt, "name_of", lambda device: "NVIDIA L4")
+    made = subjects.cached_engine(model, 2, no_bar)
+    assert list((made / "unet").glob("*.engine"))
+    monkeypatch.setattr("export.engines.export_engine", lambda *_, **__: pytest.fail("built again"))
+    assert subjects.cached_engine(model, 2, no_bar) == made
+    assert subjects.cached_export(model, 2, no_bar) != made

@@ -248,7 +248,7 @@ def test_the_parser_keeps_the_names_of_the_weights(plain_exported: Path) -> None
     graph = plain_exported / "unet" / "model.fp32.onnx"
     library = require("rtx")
     builder = library.Builder(to_tensorrt.log_of(library))
-    network = to_tensorrt.parse(library, builder, graph)
+    network, _parser = to_tensorrt.parse(library, builder, graph)
     weights = [tensor for tensor in onnx.load(graph).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
     folded = {
         name for node in onnx.load(graph).graph.node if node.op_type == "BatchNormalization" for name in node.input

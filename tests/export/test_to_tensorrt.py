@@ -21,6 +21,7 @@ from dpctl.signature import Signature, Sizes, Tensor
 from export import to_tensorrt
 from export.engines import export_engine
 from runtime import engine as engines
+from runtime.backends.trt import log_of
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'dpctl-diffusion[rtx]'")
 RTX = EngineRecipe(flavor="rtx", compute_capability=("8.9",))
@@ -144,6 +145,29 @@ def test_dynamic_sizes_are_in_the_profile() -> None:
     tensor = Tensor("sample", "float32", ("batch", 1, "height", "width"))
     signature = Signature((tensor,), (tensor,), (1, 2, 4), Sizes((8, 16, 32), 8))
     assert signature.bounds(tensor) == ((1, 1, 8, 8), (2, 1, 16, 16), (4, 1, 32, 32))
+
+
+def test_every_option_is_set_by_a_call_that_exists() -> None:
+    """TensorRT's own options too: TensorRT-RTX has the same classes, if not the same abilities."""
+    config = rtx.Builder(log_of(rtx)).create_builder_config()
+    recipe = EngineRecipe("tensorrt", ("8.9", "12.0"), 2.0, 4, True, True, True, True)
+    assert all(getattr(recipe, field.name) != field.default for field in dataclasses.fields(recipe))
+    to_tensorrt._configure(rtx, config, recipe)
+    flags = rtx.BuilderFlag
+    assert all(map(config.get_flag, (flags.TF32, flags.REFIT, flags.VERSION_COMPATIBLE, flags.EXCLUDE_LEAN_RUNTIME)))
+    assert config.get_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE) == 2 * 2**30
+    assert (config.builder_optimization_level, config.num_compute_capabilities) == (4, 2)
+    assert config.profiling_verbosity == rtx.ProfilingVerbosity.DETAILED
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("earlier", [None, b"", b"of another version"])
+def test_a_timing_cache_that_does_not_fit_is_an_empty_one(tmp_path: Path, earlier: bytes | None) -> None:
+    config, path = rtx.Builder(log_of(rtx)).create_builder_config(), tmp_path / "timings"
+    if earlier is not None:
+        path.write_bytes(earlier)
+    assert to_tensorrt._timing_cache(config, path) is not None
+    assert bytes(config.get_timing_cache().serialize())
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
