@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dpctl.diffusion import noise_for
+from dpctl.diffusion import first_timestep, noise_for
 from dpctl.errors import DpctlError
 from dpctl.signature import OUTPUT, Signature
 from runtime import Denoiser, make_scheduler, sample
@@ -46,7 +46,7 @@ class Golden:
 
 def make(network: Callable[..., Tensor], denoiser: Denoiser, scheduler: Any, signature: Signature) -> Golden:
     """Return the golden values of a network; a DpctlError where torch itself gives NaN or Inf."""
-    timesteps = timestep_grid(scheduler)
+    timesteps = timestep_grid(scheduler, first=first_timestep(denoiser))
     classes = denoiser.config.get("num_class_embeds")
     grid = with_outputs(network, inputs(signature, timesteps, classes))
     sizes = signature.sizes
@@ -57,15 +57,17 @@ def make(network: Callable[..., Tensor], denoiser: Denoiser, scheduler: Any, sig
     return Golden(grid, other, sampled(denoiser, scheduler.config, signature, grid))
 
 
-def timestep_grid(scheduler: Any, points: int = POINTS) -> Tensor:
+def timestep_grid(scheduler: Any, points: int = POINTS, first: int = 0) -> Tensor:
     """Return timesteps [T] of the scheduler's own: the first, the last and log-spaced between, and one fraction.
 
     Early timesteps lie denser: the finest detail is theirs. The fraction is there because schedulers such as Euler
-    give some, and a graph that truncates them would pass on whole ones.
+    give some, and a graph that truncates them would pass on whole ones. With a `first` above 0 there is no 0 among
+    them: a Fourier embedding takes the logarithm.
     """
     fresh = type(scheduler).from_config(scheduler.config)
     fresh.set_timesteps(int(fresh.config.get("num_train_timesteps", 1000)))
     own = fresh.timesteps.to("cpu", torch.float32).unique()  # sorted upwards
+    own = own[own > 0] if first else own
     ranks = torch.logspace(0, math.log10(len(own)), min(points, len(own))).round().long().unique() - 1
     middle = len(own) // 2
     return torch.cat([own[ranks], own[middle - 1 : middle + 1].mean(0, keepdim=True)]).unique()
@@ -141,7 +143,7 @@ def sampled(
     try:
         sample(
             denoiser,
-            make_scheduler(SCHEDULER, scheduler),
+            make_scheduler(SCHEDULER, {**scheduler, "steps_offset": first_timestep(denoiser)}),
             seed=SEED,
             indices=range(count),
             num_inference_steps=min(STEPS, int(scheduler.get("num_train_timesteps", STEPS))),

@@ -7,6 +7,7 @@ in half precision is seen in torch itself, and in how far its activations stay f
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,25 @@ class HalfNetwork(nn.Module):
         self.dtype = DTYPES[precision]
         # Not the model's own `to`, which warns of modules to keep in float32 even where there are none.
         self.network = Network(nn.Module.to(copy.deepcopy(unet), self.dtype)).eval()
+        for module in self.network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.forward = partial(_summed_in_float32, module)  # type: ignore[method-assign]
 
     def forward(self, **inputs: Tensor) -> Tensor:
         narrow = {n: v.to(self.dtype) for n, v in inputs.items() if v.is_floating_point() and n not in CLOCKS}
         return self.network(**{**inputs, **narrow}).float()
+
+
+def _summed_in_float32(module: nn.Conv2d | nn.Linear, values: Tensor) -> Tensor:
+    """Return a layer's output with its sums in float32, rounded once, as tensor cores give it.
+
+    Torch's own float16 convolution errs by as much, and takes ten times as long and more on a processor without such
+    instructions: the export of a model of 36 million parameters took seven minutes.
+    """
+    weight, bias = module.weight.float(), module.bias.float() if module.bias is not None else None
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(values.float(), weight, bias).to(module.weight.dtype)
+    return nn.functional.linear(values.float(), weight, bias).to(module.weight.dtype)
 
 
 def evidence(unet: Any, golden: Mapping[str, Tensor], precision: str) -> dict[str, Any]:

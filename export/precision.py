@@ -48,9 +48,9 @@ MOVING = frozenset(
         *("Flatten", "Pad", "Tile", "DepthToSpace", "SpaceToDepth"),
     }
 )
-# What stays in float32, and why. A normalization's stash_type would keep its statistics there among low values, but
-# what an engine makes of that cannot be seen; what the types say can. BatchNormalization is the scale and shift that
-# ends a GroupNorm (export.simplify): between statistics and cast, it costs nothing, and rounds once less.
+# What stays in float32, and why. A stash_type would keep a normalization's statistics there among low values, but
+# TensorRT-RTX makes a layer of it that is low throughout: only types are sure. BatchNormalization is the scale and
+# shift that ends a GroupNorm (export.simplify): between the statistics and the cast, it rounds once less.
 STATISTICS, AFFINE, SOFTMAX = "normalization statistics", "normalization scale and shift", "softmax"
 TIMES, RANGE = "timesteps", "range of values"
 FP32 = {
@@ -195,7 +195,7 @@ def _lowered(node: ir.Node, kind: Precision) -> tuple[list[bool], list[bool]]:
         return [t if v is not None and v.dtype == FLOAT else "" for v, t in zip(values, types, strict=True)]
 
     inputs, outputs = variables(node.inputs, schema.inputs), variables(node.outputs, schema.outputs)
-    return [name in free for name in inputs], [name in free and name in inputs for name in outputs]
+    return [name in free for name in inputs], [name in free for name in outputs]
 
 
 def _among(moving: list[ir.Node], fp32: dict[ir.Node, str], kind: Precision) -> set[ir.Node]:

@@ -14,7 +14,8 @@ from dpctl.recipe import ExportRecipe, to_dict
 from dpctl.signature import Signature, Sizes, check_batch, of_unet, rows_of
 from export import engines, golden, verify, yardstick
 from export.components import export_components, load_components
-from export.graph import OPSET, write_graph
+from export.graph import write_graph
+from export.memory import release
 from export.precision import PRECISIONS
 from export.worst import worst_tensor
 from runtime.backends.eager import EagerDenoiser
@@ -45,41 +46,61 @@ def export_model(
     network = Network(model.unet).eval()
     # Loaded first: what is wrong with them costs no export.
     others = load_components(model, signature, recipe.batch) if recipe.components else []
-    failure: GateError | None = None
     with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
         write_components(model, directory)
         graph = directory / "unet" / f"model.{recipe.precision}.onnx"
         told = write_graph(network, signature, graph, {"parent_digest": model.digest}, recipe.precision)
         parts = export_components(others, model.digest, directory)
+        release()
         advance(1)
         made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
         golden.store(directory, made)
-        manifest = artifact.write_manifest(
-            directory,
-            kind="exported",
-            recipe=to_dict(recipe),
-            stats=(model.manifest.stats if model.manifest is not None else {})
-            | cost.stats(model.unet)
-            | {"bytes": cost.file_bytes(directory), "precision": told},
-            signature=signature.to_json(),
-            parity={"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": OPSET}
-            | ({"components": parts} if parts else {}),
-            **artifact.descent(model.manifest, model.digest, model.source),
-        )
+        manifest = _recorded(directory, model, recipe, signature, told, parts)
         advance(1)
         manifest = _checked(directory, manifest, model, network)
         advance(1)
-        try:
-            verify.gate(manifest.parity or {}, out)
-        except GateError as problem:
-            if not keep_failed:
-                raise
-            failure = problem
+        failure = _breach(manifest, out)
+        if failure is not None and not keep_failed:
+            raise failure
         if recipe.engine is not None and failure is None:
+            del model, network, made, others  # a builder needs memory for itself
+            release()
             manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
     if failure is not None:
         raise failure
     return manifest
+
+
+def _recorded(
+    directory: Path,
+    model: Model,
+    recipe: ExportRecipe,
+    signature: Signature,
+    told: dict[str, Any],
+    components: dict[str, Any],
+) -> Manifest:
+    """Write the manifest of what was exported, before anything of it has run; `told` is of the graph's precision."""
+    parity = {"verdict": verify.NOT_RUN, "precision": recipe.precision, "opset": PRECISIONS[recipe.precision].opset}
+    return artifact.write_manifest(
+        directory,
+        kind="exported",
+        recipe=to_dict(recipe),
+        stats=(model.manifest.stats if model.manifest is not None else {})
+        | cost.stats(model.unet)
+        | {"bytes": cost.file_bytes(directory), "precision": told},
+        signature=signature.to_json(),
+        parity=parity | ({"components": components} if components else {}),
+        **artifact.descent(model.manifest, model.digest, model.source),
+    )
+
+
+def _breach(manifest: Manifest, out: Path) -> GateError | None:
+    """Return what the gate says against an export, if anything."""
+    try:
+        verify.gate(manifest.parity or {}, out)
+    except GateError as problem:
+        return problem
+    return None
 
 
 def check(recipe: ExportRecipe) -> None:
@@ -124,6 +145,7 @@ def _checked(directory: Path, manifest: Manifest, model: Model, network: Network
     with verify.opened(directory) as (denoiser, _):
         measured = verify.measure(denoiser, read, signature, scheduler, own.get("yardstick"))
         measured["checks"] |= own.pop("checks", {}) | verify.on_device(precision, "ort", denoiser.device)
+    release()
     measured["verdict"] = verify.overall(measured["checks"])
     measured["worst"] |= _worst_tensor(directory, manifest, network, read, measured)
     manifest = dataclasses.replace(manifest, parity={**(manifest.parity or {}), **own, **measured})

@@ -36,10 +36,9 @@ def of_torch(
     found = evidence(unet, golden.grid, precision)
     if found["first_non_finite"]:
         return found
-    output = verify.in_batches(denoiser, golden.grid, signature, 1)
-    expected = golden.grid[OUTPUT]
     if verify.is_guided(golden.grid):
-        found["guided_relative_l2"] = _errors(verify.guided(output), verify.guided(expected))
+        output = verify.in_batches(denoiser, golden.grid, signature, 1)
+        found["guided_relative_l2"] = _errors(verify.guided(output), verify.guided(golden.grid[OUTPUT]))
     if golden.other_size:
         other = verify.in_batches(denoiser, golden.other_size, signature, 1)
         found["other_size_relative_l2"] = _errors(other, golden.other_size[OUTPUT])

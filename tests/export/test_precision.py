@@ -105,6 +105,13 @@ def test_a_weight_out_of_range_keeps_its_layer_and_is_named(large: float) -> Non
         assert kinds(named(checked(lowered.model))["b/MatMul"]) == [kind, kind]
 
 
+def test_an_infinity_is_one_in_every_type() -> None:
+    mask = np.float32([0, -np.inf, 0, -np.inf])
+    lowered = lower(model([node("Add", ["x", "mask"], "y")], {"mask": mask}), "fp16")
+    assert lowered.report["fp32"] == {}
+    np.testing.assert_array_equal(run(lowered.model, x=np.ones((1, 4), np.float32)), [1 + mask])
+
+
 def test_rounding_to_zero_and_to_subnormal_numbers_is_counted() -> None:
     small = np.array([1e-9, -1e-9, 1e-6, -1e-5, 6.2e-5, 1.0, 0.0, 2.0], np.float32).reshape(4, 2)
     found = lower(model([node("MatMul", ["x", "w"], "y")], {"w": small}), "fp16").report["weights"]
@@ -167,7 +174,7 @@ def test_the_timestep_stays_in_float32_up_to_its_sinusoid_and_where_it_divides()
     lowered = lower(model(nodes, constants, {"timestep": ["batch", 1]}), "fp16")
     checked(lowered.model)
     assert lowered.report["fp32"] == {"timesteps": ["angle/Mul", "sin/Sin", "y/Div"]}
-    # 999.5 is no number of float16, and its sine would be another one.
+    # 0.7 * 999.5 is no number of float16, and its sine would be another one.
     found = run(emulated(lowered.model), timestep=np.float32([[999.5]]))
     expected = np.sin(np.float32([[999.5, 999.5 * 0.7] * 2])) @ constants["w"] / 999.5
     np.testing.assert_allclose(found, expected, rtol=0.01, atol=1e-6)

@@ -222,8 +222,9 @@ def test_a_lower_precision_is_held_to_torchs_own_error(plain: Any, tmp_path: Pat
         "torch at this precision": "passed",
         "device": "not run here",
     }
-    for row, own in zip(parity["timesteps"], parity["yardstick"]["relative_l2"], strict=True):
-        assert row["allowed"] == 1.5 * own
+    owns = parity["yardstick"]["relative_l2"]
+    for row, own in zip(parity["timesteps"], owns, strict=True):
+        assert row["allowed"] == 1.5 * max(own, sum(owns) / len(owns))
         assert 1e-5 < row["error"] == row["relative_l2"] <= row["allowed"]
     assert manifest.stats["precision"]["precision"] == precision
     assert manifest.stats["precision"]["not_lowered"] == {}

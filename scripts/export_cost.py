@@ -1,0 +1,75 @@
+"""Print what an export costs: time, peak memory and parity of the paper's CIFAR-10 network, whose weights are random.
+
+Each step is one `dpctl export` in a process of its own, from the start of Python to the directory; engines are
+TensorRT-RTX's for compute capabilities 8.9 and 12.0. A few minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from opset_comparison import CIFAR
+
+from dpctl import cost
+from dpctl.models import write_pipeline
+from dpctl.units import bytes_, seconds
+
+HEADS = (
+    "precision", "to ONNX", "peak memory", "to an engine", "peak memory", "graph", "engine", "worst error", "allowed",
+)  # fmt: skip
+
+
+def save_network(directory: Path) -> int:
+    """Write the network and return the bytes of its weights."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**CIFAR)
+    write_pipeline(directory, unet=unet, scheduler=DDPMScheduler())
+    return 4 * cost.parameters(unet)
+
+
+def run(*words: str) -> list[str]:
+    """Run a dpctl command in a process of its own; return its wall time and its peak memory."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpctl", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"dpctl {' '.join(words)} failed: run it by itself")
+    return [seconds(time.perf_counter() - began), bytes_(used.ru_maxrss * 1024)]
+
+
+def export(model: Path, out: Path, precision: str) -> list[str]:
+    """Export to ONNX, then build the engine; return the cells of a line."""
+    graph = run("export", str(model), "--out", str(out), "--precision", precision)
+    targets = ["--trt", "--trt-flavor", "rtx", "--compute-capability", "8.9,12.0"]
+    engine = run("export", str(out), "--out", str(out), "--force", *targets)
+    manifest: dict[str, Any] = json.loads((out / "dpctl.json").read_text())
+    (about,) = manifest["stats"]["engines"].values()
+    worst = manifest["parity"]["worst"]
+    sizes = [bytes_(manifest["stats"]["bytes"]), bytes_(about["size_bytes"])]
+    return [precision, *graph, *engine, *sizes, f"{worst['error']:.1e}", f"{worst['allowed']:.1e}"]
+
+
+def main() -> int:
+    """Print the table as Markdown."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = save_network(folder / "model")
+        print(f"weights {bytes_(weights)}; 4 times that and 1 GB: {bytes_(4 * weights + 10**9)}\n")
+        print(f"| {' | '.join(HEADS)} |")
+        print("|---" * len(HEADS) + "|")
+        for precision in ("fp32", "fp16", "bf16"):
+            print(f"| {' | '.join(export(folder / 'model', folder / precision, precision))} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
