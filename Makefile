@@ -3,7 +3,7 @@
 #   PYTHON=python3.12       the interpreter to build .venv with (default: python3.11, else python3)
 #   EXTRAS=cpu,dev          the extras to install: cpu or gpu, never both
 #   TORCH_INDEX=URL         where to take torch from; without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
-#   THREADS=2               processor threads that torch may use in the tests
+#   JOBS=2                  how many processes run the tests, with one processor thread each
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,12 +14,14 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRAS ?= cpu,dev
 TORCH_INDEX ?=
-THREADS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	$(if $(findstring gpu,$(EXTRAS)),--constraint constraints-gpu.txt)
-OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(if $(THREADS),OMP_NUM_THREADS=$(THREADS))
+# The networks of the tests are too small for more than one thread; a file stays in one process, and shares what it made.
+PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
 .PHONY: help setup check test test-all demo evidence rounds before-finetuning bench bench-scoring engine-comparison reference clean distclean
 
@@ -57,10 +59,10 @@ check: $(STAMP) ## lint, format, types, import layers, sizes, Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 test: $(STAMP) ## the tests: CPU, no network, under ten minutes on two cores
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu and not trt"
+	$(PYTEST) -m "not slow and not gpu and not trt"
 
 test-all: $(STAMP) ## every test this machine can run, with the full matrices
-	$(OFFLINE) $(BIN)/python -m pytest --durations=20
+	$(PYTEST) --durations=20
 
 demo: $(STAMP) ## the whole chain on the reference model, about five minutes; continues after a stop
 	$(BIN)/dpctl run --out demo
