@@ -66,7 +66,9 @@ def load_model(name: str | Path, *, verify: bool = True) -> Model:
         artifact.verify_files(directory, manifest)
     if manifest is not None and manifest.kind == "exported":
         raise DpctlError(
-            "an exported directory holds no weights for torch", str(directory), "give the model it was exported from"
+            "an exported directory holds no weights for torch",
+            str(directory),
+            "give the model it was exported from (`dpctl export --trt` takes it as it is)",
         )
     unet = _load_unet(unet_directory(directory))
     digest = manifest.digest if manifest is not None else artifact.digest(artifact.hash_files(directory))

@@ -41,6 +41,10 @@ def check(recipe: EngineRecipe, precision: str) -> EngineRecipe:
         got = f"precision {precision}"
         raise DpctlError("TF32 is for products of float32", got, "leave --tf32 out, or export with --precision fp32")
     recipe = choose(recipe)
+    if recipe.flavor == "tensorrt" and not torch.cuda.is_available():
+        got = "no GPU that torch can use"
+        todo = "build with --trt-flavor rtx, which needs none, or on the machine with the GPU (`dpctl doctor`)"
+        raise DpctlError("TensorRT builds an engine on the GPU that it is for", got, todo)
     library = require(recipe.flavor)
     if recipe.flavor == "rtx":
         _check_rtx(recipe, library)
@@ -83,10 +87,6 @@ def _check_rtx(recipe: EngineRecipe, library: ModuleType) -> None:
 
 
 def _check_tensorrt(recipe: EngineRecipe, library: ModuleType) -> None:
-    if not torch.cuda.is_available():
-        got = "no GPU that torch can use"
-        todo = "build with --trt-flavor rtx, which needs none, or on the machine with the GPU (`dpctl doctor`)"
-        raise DpctlError("TensorRT builds an engine on the GPU that it is for", got, todo)
     if recipe.compute_capability:
         got = f"--compute-capability {','.join(recipe.compute_capability)} for TensorRT"
         todo = "leave it out, add --hardware-compatible for other GPUs too, or build with --trt-flavor rtx"

@@ -1,21 +1,26 @@
-"""Print what an export costs: time, peak memory and parity of the paper's CIFAR-10 network, whose weights are random.
+"""Print what an export costs, in time, peak memory and parity: `export_cost.py [cifar-10|stable-diffusion]`.
 
-Each step is one `dpctl export` in a process of its own, from the start of Python to the directory; engines are
-TensorRT-RTX's for compute capabilities 8.9 and 12.0. A few minutes.
+The networks are the paper's for CIFAR-10 and Stable Diffusion 1.x's at latents of 16x16, with random weights. Each step
+is one `dpctl export` in a process of its own, from the start of Python to the directory; engines are TensorRT-RTX's for
+compute capabilities 8.9 and 12.0. A few minutes; the larger one takes 12 GB of memory and as much of the disk.
 """
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from opset_comparison import CIFAR
+from pruning_sizes import SD
 
 from dpctl import cost
 from dpctl.models import write_pipeline
@@ -26,11 +31,17 @@ HEADS = (
 )  # fmt: skip
 
 
-def save_network(directory: Path) -> int:
-    """Write the network and return the bytes of its weights."""
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "cifar-10": lambda: UNet2DModel(**CIFAR),
+    "stable-diffusion": lambda: UNet2DConditionModel(**SD | {"sample_size": 16}),
+}
+
+
+def save_network(name: str, directory: Path) -> int:
+    """Write a network and return the bytes of its weights."""
     torch.manual_seed(0)
-    unet = UNet2DModel(**CIFAR)
-    write_pipeline(directory, unet=unet, scheduler=DDPMScheduler())
+    unet = NETWORKS[name]()
+    write_pipeline(directory, unet=unet, scheduler=DDPMScheduler(clip_sample=False))
     return 4 * cost.parameters(unet)
 
 
@@ -60,14 +71,18 @@ def export(model: Path, out: Path, precision: str) -> list[str]:
 
 def main() -> int:
     """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", choices=NETWORKS, nargs="?", default="cifar-10")
+    chosen = parser.parse_args().network
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        weights = save_network(folder / "model")
+        weights = save_network(chosen, folder / "model")
         print(f"weights {bytes_(weights)}; 4 times that and 1 GB: {bytes_(4 * weights + 10**9)}\n")
         print(f"| {' | '.join(HEADS)} |")
         print("|---" * len(HEADS) + "|")
         for precision in ("fp32", "fp16", "bf16"):
             print(f"| {' | '.join(export(folder / 'model', folder / precision, precision))} |", flush=True)
+            shutil.rmtree(folder / precision)
     return 0
 
 

@@ -244,8 +244,16 @@ def test_a_missing_library_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, flavor: str, module: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
+    gpu(monkeypatch, True)
     with pytest.raises(DpctlError, match=rf"dpctl-diffusion\[{extra}\]"):
         to_tensorrt.check(EngineRecipe(flavor=flavor), "fp32")
+
+
+def test_without_a_gpu_the_flavor_that_needs_one_names_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, False)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(DpctlError, match="--trt-flavor rtx"):
+        to_tensorrt.check(EngineRecipe(flavor="tensorrt"), "fp32")
 
 
 def test_a_node_that_the_parser_cannot_read_is_named(tmp_path: Path) -> None:
