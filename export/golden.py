@@ -135,8 +135,7 @@ def sampled(
     if signature.outputs[0].shape != signature.input("sample").shape:
         return None
     names = [tensor.name for tensor in signature.inputs if tensor.name not in ("sample", "timestep")]
-    low, _, high = signature.batch
-    count = max(low, min(high, SAMPLES))
+    count = sample_count(signature)
     last: list[Tensor] = []
     size = signature.shape(signature.input("sample"), 1)[2:]
     rows = torch.arange(count) % len(grid["timestep"])
@@ -154,6 +153,12 @@ def sampled(
     except DpctlError:  # the samples are not finite
         return None
     return last[-1]
+
+
+def sample_count(signature: Signature) -> int:
+    """Return how many samples the short run makes: within the exported range."""
+    low, _, high = signature.batch
+    return max(low, min(high, SAMPLES))
 
 
 def store(directory: Path, golden: Golden) -> None:
@@ -178,7 +183,12 @@ def load(directory: Path, signature: Signature) -> Golden:
         if not fits(signature, rows):
             shapes = {name: tuple(value.shape) for name, value in rows.items()}
             raise DpctlError("the golden outputs are not those of the signature", f"{path}: {json.dumps(shapes)}", todo)
-    return Golden(grid, other, tensors.get(f"{SAMPLING}samples"))
+    samples = tensors.get(f"{SAMPLING}samples")
+    wanted = signature.shape(signature.input("sample"), sample_count(signature))
+    if samples is not None and tuple(samples.shape) != wanted:
+        got = f"{path}: samples of {list(samples.shape)}"
+        raise DpctlError("the golden outputs are not those of the signature", got, todo)
+    return Golden(grid, other, samples)
 
 
 def fits(signature: Signature, rows: Mapping[str, Tensor]) -> bool:

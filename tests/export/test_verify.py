@@ -203,6 +203,33 @@ def test_golden_outputs_of_another_model_are_refused(copied: Path, golden: Golde
         verify_directory(copied)
 
 
+@pytest.mark.parametrize("cut", [(slice(1),), (slice(None), slice(None), slice(4))])
+def test_samples_of_another_shape_are_refused(copied: Path, golden: Golden, cut: Any) -> None:
+    assert golden.samples is not None
+    golden_file.store(copied, dataclasses.replace(golden, samples=golden.samples[cut]))
+    rewrite_manifest(copied)
+    with pytest.raises(DpctlError, match="not those of the signature"):
+        verify_directory(copied)
+
+
+def test_what_failed_at_export_and_cannot_be_measured_again_still_fails(copied: Path) -> None:
+    manifest = artifact.read_manifest(copied)
+    assert manifest is not None
+    assert manifest.parity is not None
+    overflow = {"verdict": verify.FAILED, "reason": "NaN or Inf in conv_in at timestep 0"}
+    checks = {**manifest.parity["checks"], "torch at this precision": overflow}
+    rewrite_manifest(copied, parity={**manifest.parity, "verdict": verify.FAILED, "checks": checks})
+    with pytest.raises(GateError, match="torch at this precision failed"):
+        verify_directory(copied)
+
+
+def test_samples_that_are_not_finite_do_not_pass_where_torchs_own_are_not_either(plain: Any, golden: Golden) -> None:
+    signature = of_unet({"_class_name": "UNet2DModel", **plain.unet.config})
+    denoiser, scheduler = EagerDenoiser(plain.unet), plain.scheduler.config
+    parity = verify.measure(denoiser, golden, signature, scheduler, {"samples_ssim": -1.0})
+    assert parity["checks"]["sampling"]["verdict"] == parity["verdict"] == verify.FAILED
+
+
 @pytest.mark.parametrize("parity", [None, {}, {"precision": 16}])
 def test_a_manifest_without_parity_is_refused(copied: Path, parity: Any) -> None:
     rewrite_manifest(copied, parity=parity)
