@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpctl import environment
@@ -81,10 +81,17 @@ class Manifest:
         wrong += [name for name in ("lineage",) if not isinstance(values.get(name, []), list)]
         wrong += [name for name in ("parent", "parent_source") if not isinstance(values.get(name, ""), str | None)]
         wrong += ["kind"] if values.get("kind") not in KINDS else []
+        wrong += [] if "files" in wrong else [name for name in values["files"] if not _inside(name)]
         if wrong or not all(isinstance(sha256, str) for sha256 in values["files"].values()):
             got = f"{where}: {', '.join(wrong) or 'files'}"
             raise DpctlError("entries of the manifest are missing or of the wrong kind", got, todo)
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _inside(name: str) -> bool:
+    """Tell whether a file of a manifest lies in its directory."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def digest(files: Mapping[str, str]) -> str:

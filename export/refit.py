@@ -41,6 +41,7 @@ def refit(
     if force and out is None:
         todo = "leave it out: without --out the engine's own directory is replaced"
         raise DpctlError("--force is for another directory", "no --out", todo)
+    engine = engine.resolve()  # its directory is two above, wherever one stands
     source = engine.parent.parent
     manifest = exported(source, "trt")
     about = _refittable(engine)

@@ -164,3 +164,10 @@ def test_a_file_name_that_is_no_utf8_has_a_digest(tmp_path: Path) -> None:
     files = artifact.hash_files(tmp_path)
     manifest = Manifest(kind="trained", recipe={}, stats={}, files=files)
     assert Manifest.from_json(manifest.to_json(), tmp_path).digest == artifact.digest(files)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "unet/../../outside"])
+def test_a_manifest_of_files_outside_its_directory_is_refused(tmp_path: Path, name: str) -> None:
+    text = Manifest(kind="trained", recipe={}, stats={}, files={name: "0" * 64}).to_json()
+    with pytest.raises(DpctlError, match="wrong kind"):
+        Manifest.from_json(text, tmp_path / "dpctl.json")

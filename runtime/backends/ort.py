@@ -143,6 +143,10 @@ def graph_of(directory: Path, manifest: Manifest) -> Path:
     if len(graphs) != 1:
         got = f"{directory}: {', '.join(graphs) or 'none'}"
         raise DpctlError("an exported directory holds one ONNX graph", got, "export the model again")
+    beside = f"{graphs[0]}.data"
+    if (directory / beside).exists() and beside not in manifest.files:
+        got = f"{directory / beside} has no digest in the manifest"
+        raise DpctlError("nothing says that these weights are the graph's", got, "export the model again")
     return directory / graphs[0]
 
 

@@ -68,6 +68,8 @@ class TrtDenoiser:
     file `kept` for the next start.
     """
 
+    precision = "fp32"  # as the engine was built: TF32 is one of its own
+
     def __init__(
         self, library: ModuleType, engine: Any, signature: Signature, config: Any, device: torch.device, kept: Path
     ) -> None:
@@ -181,7 +183,9 @@ def open_denoiser(
         loaded = load(library, path, about)
         _check_tensors(library, loaded, signature, path)
         config = FrozenDict(read_config(directory))
-        return TrtDenoiser(library, loaded, signature, config, target, _cache_path(about, target))
+        denoiser = TrtDenoiser(library, loaded, signature, config, target, _cache_path(about, target))
+        denoiser.precision = about.precision
+        return denoiser
 
 
 def find_gpu(name: str | None) -> torch.device:

@@ -247,3 +247,38 @@ def test_golden_rows_are_torchs_own(plain: Any, golden: Golden) -> None:
     with torch.no_grad():
         expected = Network(plain.unet)(**inputs)
     torch.testing.assert_close(golden.grid["out_sample"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_golden_outputs_without_a_digest_are_refused(copied: Path) -> None:
+    manifest = artifact.read_manifest(copied)
+    assert manifest is not None
+    rewrite_manifest(copied, files={n: d for n, d in manifest.files.items() if n != golden_file.GOLDEN})
+    with pytest.raises(DpctlError, match="has no digest"):
+        verify_directory(copied)
+
+
+def test_weights_beside_the_graph_without_a_digest_are_refused(copied: Path) -> None:
+    (copied / f"{GRAPH}.data").write_bytes(b"somebody's")
+    with pytest.raises(DpctlError, match="has no digest"):
+        verify_directory(copied)
+
+
+def test_tf32_is_held_to_errors_of_its_own(plain: Any, golden: Golden) -> None:
+    signature = of_unet({"_class_name": "UNet2DModel", **plain.unet.config}, (1, 2, 4))
+
+    def judged(factor: float, yardstick: Any) -> str:
+        right = EagerDenoiser(plain.unet)
+
+        class Rounded:
+            config, device, dtype = right.config, right.device, right.dtype
+
+            def __call__(self, sample: Tensor, timestep: Tensor) -> Tensor:
+                return factor * right(sample, timestep)
+
+        denoiser: Any = Rounded()
+        return verify.measure(denoiser, golden, signature, plain.scheduler.config, yardstick)["checks"]["grid"][
+            "verdict"
+        ]
+
+    own = verify.tf32_yardstick(golden)
+    assert [judged(1.002, own), judged(1.004, own), judged(1.002, None)] == ["passed", "failed", "failed"]
