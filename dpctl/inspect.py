@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, bars, units
+from dpctl import artifact, bars, parity, units
 from dpctl.artifact import Manifest
 
 # Of a list that may have a hundred entries so many are printed; all are in the manifest and with --json.
@@ -43,6 +43,8 @@ def inspect(name: str, scan: dict[str, Any] | None = None) -> Report:
 
 def report(manifest: Manifest, directory: Path) -> Report:
     """Describe an artifact from its manifest alone."""
+    from rich.text import Text
+
     stats = manifest.stats
     tables = [_figures(manifest.kind, directory, manifest.digest, stats)]
     if manifest.lineage:
@@ -50,6 +52,9 @@ def report(manifest: Manifest, directory: Path) -> Report:
     tables += _groups(stats)
     if manifest.signature:
         tables.append(_range(manifest))
+    lowered = manifest.stats.get("precision", {}).get("not_lowered")
+    if lowered:
+        tables.append(Text(f"in float32: {', '.join(f'{name} ({reason})' for name, reason in lowered.items())}"))
     if manifest.parity:
         tables += parity_report(manifest.parity).renderables
     return Report(asdict(manifest) | {"digest": manifest.digest, "directory": str(directory)}, tables)
@@ -75,22 +80,13 @@ def _range(manifest: Manifest) -> Any:
     return Text("; ".join(told))
 
 
-def parity_report(parity: dict[str, Any]) -> Report:
-    """Describe the verdict of a parity check: the worst row of the grid, and every check by name."""
+def parity_report(found: dict[str, Any]) -> Report:
+    """Describe the verdicts of a parity check."""
     from rich.text import Text
 
-    worst = parity.get("worst", {})
-    known = {name: value for name, value in worst.items() if not isinstance(value, dict)}
-    text = f"parity {parity['verdict']}: " + ", ".join(f"{name} {_shown(value)}" for name, value in known.items())
-    lines = [Text(text.rstrip(": "), style="green" if parity["verdict"] == "passed" else "red")]
-    for name, check in parity.get("checks", {}).items():
-        told = ", ".join(f"{key} {_shown(value)}" for key, value in check.items() if key != "verdict")
-        lines.append(Text(f"  {name} {check['verdict']}" + (f": {told}" if told else "")))
-    return Report(parity, list(lines))
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    verdict, *checks = parity.lines(found)
+    color = "green" if found["verdict"] == "passed" else "red"
+    return Report(found, [Text(verdict, style=color), *(Text(line) for line in checks)])
 
 
 def _figures(kind: str, directory: Path, digest: str, stats: dict[str, Any]) -> Any:
@@ -155,6 +151,13 @@ def _lineage(manifest: Manifest) -> Any:
     table = Table("kind", "digest", "source", "recipe", title="lineage, oldest first", title_justify="left")
     own = {"kind": manifest.kind, "digest": manifest.digest, "source": "this directory", "recipe": manifest.recipe}
     for entry in [*manifest.lineage, own]:
-        recipe = ", ".join(f"{name} {value}" for name, value in entry.get("recipe", {}).items())
+        recipe = ", ".join(_entry(name, value) for name, value in entry.get("recipe", {}).items())
         table.add_row(entry["kind"], entry["digest"][:12], str(entry["source"]), recipe)
     return table
+
+
+def _entry(name: str, value: Any) -> str:
+    """Return an entry of a recipe in words; of a table, such as an engine's, what is set."""
+    if not isinstance(value, dict):
+        return f"{name} {value}"
+    return f"{name}: " + ", ".join(_entry(key, inner) for key, inner in value.items() if inner not in (False, [], None))

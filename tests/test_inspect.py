@@ -167,20 +167,32 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path, name: s
 
 @pytest.mark.parametrize(("verdict", "style"), [("passed", "green"), ("failed", "red")])
 def test_a_verdict_is_said_in_words_and_colour(verdict: str, style: str) -> None:
-    parity: dict[str, Any] = {"verdict": verdict, "worst": {"max_abs": 1.23456e-5, "timestep": 7}}
+    parity: dict[str, Any] = {
+        "verdict": verdict,
+        "worst": {"timestep": 7.0, "tensor": "mid_block/Conv", "finite": False},
+        "checks": {
+            "grid": {"verdict": "failed", "error": 1.234e-3, "allowed": 1e-4},
+            "sampling": {"verdict": "passed", "ssim": 0.99951, "at_least": 0.999, "steps": 8},
+            "device": {"verdict": "not run here", "reason": "no GPU"},
+        },
+    }
     found = parity_report(parity)
     assert found.json == parity
-    assert shown(found) == f"parity {verdict}: max_abs 1.23e-05, timestep 7\n"
-    assert found.renderables[0].style == style
+    assert shown(found) == (
+        f"parity {verdict}; worst at timestep 7, tensor mid_block/Conv, NaN or Inf\n"
+        "  grid      failed: error 1.2e-03, allowed 1.0e-04\n"
+        "  sampling  passed: SSIM 0.9995, at least 0.9990; 8 steps of DDIM\n"
+        "  device    not run here: no GPU\n"
+    )
     assert shown(parity_report({"verdict": verdict})) == f"parity {verdict}\n"
 
 
 def test_an_artifact_with_a_verdict_shows_it(tmp_path: Path) -> None:
     with artifact.writing(tmp_path / "out") as directory:
         artifact.write_manifest(
-            directory, kind="exported", recipe={}, stats={}, parity={"verdict": "passed", "worst": {"max_abs": 0.5}}
+            directory, kind="exported", recipe={}, stats={}, parity={"verdict": "passed", "worst": {"timestep": 5.0}}
         )
-    assert "parity passed: max_abs 0.5" in shown(inspect(str(tmp_path / "out")))
+    assert "parity passed; worst at timestep 5" in shown(inspect(str(tmp_path / "out")))
 
 
 def test_a_trained_model_shows_its_steps_and_loss(tmp_path: Path) -> None:
