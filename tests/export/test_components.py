@@ -9,7 +9,13 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dpctl import artifact
@@ -33,8 +39,8 @@ TEXT: dict[str, Any] = {
 }
 
 
-def save_pipeline(directory: Path, unet: Any, encoder: Any) -> Path:
-    """Write a Stable Diffusion pipeline without its tokenizer, whose vocabulary no toy has."""
+def save_pipeline(directory: Path, kind: str, unet: Any, *encoders: Any) -> Path:
+    """Write a Stable Diffusion pipeline without its tokenizers, whose vocabulary no toy has."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -48,10 +54,11 @@ def save_pipeline(directory: Path, unet: Any, encoder: Any) -> Path:
         directory, unet=unet, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     )
     vae.save_pretrained(directory / "vae")
-    encoder.save_pretrained(directory / "text_encoder")
     index = json.loads((directory / "model_index.json").read_text())
-    index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
-    index |= {"text_encoder": ["transformers", type(encoder).__name__]}
+    index |= {"_class_name": kind, "vae": ["diffusers", "AutoencoderKL"]}
+    for entry, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
+        encoder.save_pretrained(directory / entry)
+        index |= {entry: ["transformers", type(encoder).__name__]}
     (directory / "model_index.json").write_text(json.dumps(index))
     return directory
 
@@ -62,7 +69,7 @@ def pipeline(families: dict[str, Callable[..., Any]], tmp_path_factory: pytest.T
         torch.manual_seed(0)
         encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
     unet = families["stable-diffusion"](in_channels=4, out_channels=4)
-    return save_pipeline(tmp_path_factory.mktemp("components") / "sd", unet, encoder)
+    return save_pipeline(tmp_path_factory.mktemp("components") / "sd", "StableDiffusionPipeline", unet, encoder)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,30 @@ def exported(pipeline: Path) -> Path:
 
 def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def encoded(exported: Path, entry: str, ids: torch.Tensor, *outputs: str) -> list[torch.Tensor]:
+    """Return outputs of a text encoder's graph."""
+    return [
+        torch.from_numpy(value)
+        for value in session(exported / entry / "model.onnx").run(list(outputs), {"input_ids": ids.numpy()})
+    ]
+
+
+def by_hand(exported: Path, noise: torch.Tensor, scaling: float, **conditions: torch.Tensor) -> torch.Tensor:
+    """Make an image as a pipeline does, under guidance, with nothing of torch's networks: unconditional rows first."""
+    unet, decoder = (session(exported / name) for name in ("unet/model.fp32.onnx", "vae/decoder.onnx"))
+    scheduler = DDIMScheduler.from_pretrained(exported / "scheduler")
+    scheduler.set_timesteps(4)
+    latents = noise
+    for t in scheduler.timesteps:
+        given = {"sample": latents.repeat(2, 1, 1, 1), "timestep": t.float().repeat(2), **conditions}
+        out = torch.from_numpy(unet.run(None, {name: value.numpy() for name, value in given.items()})[0])
+        unconditional, conditional = out.chunk(2)
+        guided = unconditional + 5.0 * (conditional - unconditional)
+        latents = scheduler.step(guided, t, latents).prev_sample
+    image = torch.from_numpy(decoder.run(None, {"latent_sample": (latents / scaling).numpy()})[0])
+    return (image / 2 + 0.5).clamp(0, 1)
 
 
 def test_the_graphs_alone_make_the_image_that_the_pipeline_makes(pipeline: Path, exported: Path) -> None:
@@ -100,25 +131,67 @@ def test_the_graphs_alone_make_the_image_that_the_pipeline_makes(pipeline: Path,
             output_type="pt",
         ).images
 
-    # The same by hand, and nothing of torch's networks.
-    encoder, unet, decoder = (
-        session(exported / name) for name in ("text_encoder/model.onnx", "unet/model.fp32.onnx", "vae/decoder.onnx")
+    (states,) = encoded(exported, "text_encoder", torch.cat([blank, ids]), "last_hidden_state")
+    image = by_hand(exported, noise, loaded["vae"].config.scaling_factor, encoder_hidden_states=states)
+    torch.testing.assert_close(image, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_graphs_of_an_sdxl_alone_make_its_image(families: dict[str, Callable[..., Any]], tmp_path: Path) -> None:
+    # Widths that differ, so that no state and no embedding fits where another belongs: 8 + 16, and 12 pooled.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = CLIPTextModel(CLIPTextConfig(**TEXT | {"hidden_size": 8}))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT | {"hidden_size": 16, "projection_dim": 12}))
+    unet = families["sdxl"](in_channels=4, out_channels=4, projection_class_embeddings_input_dim=12 + 6 * 8)
+    source = save_pipeline(tmp_path / "sdxl", "StableDiffusionXLPipeline", unet, first, second)
+    exported = tmp_path / "exported"
+    export_model(load_model(source), exported, ExportRecipe(batch=(1, 1, 2), components=True))
+
+    ids, blank, noise = torch.randint(1, 98, (1, 77)), torch.full((1, 77), 99), torch.randn(1, 4, 8, 8)
+    ids[:, 20:] = 99  # a text ends: the pooled embedding is of there
+    kinds: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+    kinds["text_encoder_2"] = CLIPTextModelWithProjection
+    loaded: dict[str, Any] = {name: kind.from_pretrained(source / name).eval() for name, kind in kinds.items()}
+    stock = StableDiffusionXLPipeline(
+        **loaded,
+        scheduler=DDIMScheduler.from_pretrained(source / "scheduler"),
+        tokenizer=None,  # type: ignore[arg-type]
+        tokenizer_2=None,  # type: ignore[arg-type]
+        add_watermarker=False,
     )
-    states = torch.cat(
-        [torch.from_numpy(encoder.run(["last_hidden_state"], {"input_ids": x.numpy()})[0]) for x in (blank, ids)]
+    stock.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        one, two = (
+            [loaded[name](text, output_hidden_states=True) for text in (blank, ids)]
+            for name in ("text_encoder", "text_encoder_2")
+        )
+        negative, prompt = (
+            torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1) for a, b in zip(one, two, strict=True)
+        )
+        expected = stock(
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+            pooled_prompt_embeds=two[1].text_embeds,
+            negative_pooled_prompt_embeds=two[0].text_embeds,
+            latents=noise,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            output_type="pt",
+        ).images
+
+    both = torch.cat([blank, ids])
+    (left,) = encoded(exported, "text_encoder", both, "penultimate_hidden_state")
+    right, pooled = encoded(exported, "text_encoder_2", both, "penultimate_hidden_state", "text_embeds")
+    image = by_hand(
+        exported,
+        noise,
+        loaded["vae"].config.scaling_factor,
+        encoder_hidden_states=torch.cat([left, right], -1),
+        text_embeds=pooled,
+        time_ids=torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]]).repeat(2, 1),
     )
-    scheduler = DDIMScheduler.from_pretrained(exported / "scheduler")
-    scheduler.set_timesteps(4)
-    latents = noise
-    for t in scheduler.timesteps:
-        given = {"sample": latents.repeat(2, 1, 1, 1), "timestep": t.float().repeat(2), "encoder_hidden_states": states}
-        out = torch.from_numpy(unet.run(None, {name: value.numpy() for name, value in given.items()})[0])
-        unconditional, conditional = out.chunk(2)
-        guided = unconditional + 5.0 * (conditional - unconditional)
-        latents = scheduler.step(guided, t, latents).prev_sample
-    scaled = latents / loaded["vae"].config.scaling_factor
-    image = torch.from_numpy(decoder.run(None, {"latent_sample": scaled.numpy()})[0]) / 2 + 0.5
-    torch.testing.assert_close(image.clamp(0, 1), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(image, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_manifest_holds_graph_signature_and_verdict_of_each(exported: Path) -> None:
