@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ OURS = (MANIFEST, "bench.json", "samples.json")
 FORMAT_VERSION = 1
 KINDS = ("trained", "pruned", "finetuned", "exported")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SHORT = re.compile(r"\d+ requested and \d+ written")
 REFUSED = (
     errno.EACCES,
     errno.EEXIST,
@@ -221,13 +223,17 @@ def refuse_existing(out: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def no_space_left_explained(out: Path) -> Iterator[None]:
-    """Turn the system's refusals to write (disk full, quota, permissions) into a DpctlError."""
+def no_space_left_explained(out: Path, otherwise: str = "choose another --out") -> Iterator[None]:
+    """Turn the system's refusals to write (disk full, quota, permissions) into a DpctlError.
+
+    `otherwise` is what to do where no space can be freed.
+    """
     try:
         yield
     except OSError as problem:
-        if problem.errno in FULL:
-            raise _full(out) from None
+        # numpy tells of a full disk without the system's number.
+        if problem.errno in FULL or (problem.errno is None and SHORT.fullmatch(str(problem))):
+            raise _full(out, otherwise) from None
         if problem.errno in REFUSED:
             where = problem.filename2 or problem.filename or out
             got = f"{where}: {problem.strerror}"
@@ -237,12 +243,12 @@ def no_space_left_explained(out: Path) -> Iterator[None]:
         raise
     except Exception as problem:  # safetensors reports a full disk as its own error, with the system's text
         if "No space left" in str(problem) or "Disk quota exceeded" in str(problem):
-            raise _full(out) from None
+            raise _full(out, otherwise) from None
         raise
 
 
-def _full(out: Path) -> DpctlError:
-    return DpctlError("no space left to write the output", str(out), "free disk space or choose another --out")
+def _full(out: Path, otherwise: str) -> DpctlError:
+    return DpctlError("no space left to write the output", str(out), f"free disk space or {otherwise}")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line: options -> one call -> one print. Nothing heavy is imported before a command runs."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -373,6 +374,8 @@ def _console() -> Any:
 
 def main() -> None:
     """Run the command line; a DpctlError is printed without a traceback and gives its exit code."""
+    # A run that is asked to end ends like an interrupted one: what is half-written goes with it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app(prog_name="dpctl")  # also as python -m dpctl
     except DpctlError as problem:

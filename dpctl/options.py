@@ -169,7 +169,8 @@ def three(text: str, option: str) -> tuple[int, int, int]:
 def engine(trt: bool, **given: Any) -> EngineRecipe | None:
     """Build the recipe of an engine; a DpctlError for options of one that is not asked for."""
     listed = given.pop("compute_capability") or ()
-    capabilities = tuple(name for text in listed for name in names(text))
+    # An empty one is kept, so that it is refused: it would stand for every GPU.
+    capabilities = tuple(name for text in listed for name in patterns(text))
     asked = EngineRecipe(compute_capability=capabilities, **given)
     if trt:
         return asked

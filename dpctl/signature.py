@@ -17,6 +17,8 @@ FAMILIES = ("UNet2DModel", "UNet2DConditionModel")
 PRUNED = "Pruned"
 # The text encoders' length in the Stable Diffusion family (CLIP); of other lengths the cost is a little different.
 TOKENS = 77
+# The longest axis that TensorRT takes.
+LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         low, best, high = self.bounds
+        _refuse_longer(high, "dynamic-size")
         if not 1 <= low <= best <= high or any(bound % self.step for bound in self.bounds):
             raise DpctlError(
                 f"the sizes are not multiples of {self.step} with min <= opt <= max",
@@ -151,14 +154,20 @@ class Signature:
 
 
 def check_batch(batch: tuple[int, int, int]) -> None:
-    """Raise a DpctlError unless 1 <= min <= opt <= max."""
+    """Raise a DpctlError unless 1 <= min <= opt <= max, and max is a length that an axis may have."""
     low, best, high = batch
+    _refuse_longer(high, "batch")
     if not 1 <= low <= best <= high:
         raise DpctlError(
             "the batch range is not 1 <= min <= opt <= max",
             f"{low},{best},{high}",
             "give it as MIN,OPT,MAX, e.g. 1,8,64",
         )
+
+
+def _refuse_longer(high: int, option: str) -> None:
+    if high > LONGEST:
+        raise DpctlError("no axis is so long", f"{high} for --{option}", f"give at most {LONGEST}")
 
 
 def of_unet(

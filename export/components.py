@@ -119,6 +119,10 @@ def _load(kind: str, library: str, directory: Path) -> Any:
         raise DpctlError(
             "a text encoder needs transformers", str(problem), "pip install 'dpctl-diffusion[text]'"
         ) from None
+    if library == "transformers":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # ours is the only one
     # Eager attention: the exporter cannot follow the masks that transformers makes for the others.
     more = {"attn_implementation": "eager"} if library == "transformers" else {}
     try:

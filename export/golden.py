@@ -8,7 +8,8 @@ conditions, so that guidance can be checked. `size/...` are a few rows at anothe
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,23 @@ def make(network: Callable[..., Tensor], denoiser: Denoiser, scheduler: Any, sig
     other = {}
     if sizes:
         size = (sizes.bounds[0], sizes.bounds[2])
-        other = with_outputs(network, inputs(signature, timesteps[[0, -1]], classes, size))
+        with _room_explained(size):
+            other = with_outputs(network, inputs(signature, timesteps[[0, -1]], classes, size))
     return Golden(grid, other, sampled(denoiser, scheduler.config, signature, grid))
+
+
+@contextmanager
+def _room_explained(size: tuple[int, int]) -> Iterator[None]:
+    """Turn torch's refusal of memory for a size (H, W) into a DpctlError."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if "allocate memory" not in str(problem):
+            raise
+        got = "{}x{} at batch 1".format(*size)
+        raise DpctlError(
+            "the largest size needs more memory than there is", got, "give a smaller MAX in --dynamic-size"
+        ) from None
 
 
 def timestep_grid(scheduler: Any, points: int = POINTS, first: int = 0) -> Tensor:

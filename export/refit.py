@@ -41,6 +41,9 @@ def refit(
     if force and out is None:
         todo = "leave it out: without --out the engine's own directory is replaced"
         raise DpctlError("--force is for another directory", "no --out", todo)
+    if not engine.is_file():
+        got = f"{engine}, a directory" if engine.is_dir() else str(engine)
+        raise DpctlError("no such engine", got, "give the file that ends with .engine, in unet/ of its directory")
     engine = engine.resolve()  # its directory is two above, wherever one stands
     source = engine.parent.parent
     manifest = exported(source, "trt")

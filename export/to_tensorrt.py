@@ -24,8 +24,11 @@ from runtime.engine import LATER, NAMES, EngineManifest
 
 FLAVORS = ("auto", *NAMES)
 OPTIMIZATION_LEVELS = range(6)
+# More than any machine has; the library takes bytes in 64 bits.
+LARGEST_WORKSPACE_GIB = 2**20
 # The first generation that a portable engine is for: Ampere.
 PORTABLE = "8.0"
+TURING = "7.5"
 CACHE = ".timing"
 
 
@@ -35,8 +38,9 @@ def check(recipe: EngineRecipe, precision: str) -> EngineRecipe:
         raise DpctlError("unknown flavor of TensorRT", repr(recipe.flavor), f"choose one of: {', '.join(FLAVORS)}")
     if recipe.optimization_level is not None and recipe.optimization_level not in OPTIMIZATION_LEVELS:
         raise DpctlError("unknown optimization level", str(recipe.optimization_level), "give 0 (quick) to 5 (thorough)")
-    if recipe.workspace_gib is not None and not recipe.workspace_gib > 0:
-        raise DpctlError("the workspace limit is not above 0", f"{recipe.workspace_gib} GiB", "give it in GiB, e.g. 2")
+    if recipe.workspace_gib is not None and not 0 < recipe.workspace_gib <= LARGEST_WORKSPACE_GIB:
+        got = f"{recipe.workspace_gib:g} GiB"
+        raise DpctlError("the workspace limit is 0, below it, or no size that memory has", got, "give GiB, e.g. 2")
     if recipe.tf32 and precision != "fp32":
         got = f"precision {precision}"
         raise DpctlError("TF32 is for products of float32", got, "leave --tf32 out, or export with --precision fp32")
@@ -71,7 +75,8 @@ def _check_rtx(recipe: EngineRecipe, library: ModuleType) -> None:
     known = supported(library)
     unknown = [capability for capability in recipe.compute_capability if capability not in known]
     if unknown or len(set(recipe.compute_capability)) < len(recipe.compute_capability):
-        got = f"{', '.join(unknown or recipe.compute_capability)}; TensorRT-RTX {library.__version__}"
+        named = ", ".join(name or "an empty one" for name in unknown or recipe.compute_capability)
+        got = f"{named}; TensorRT-RTX {library.__version__}"
         raise DpctlError("no such compute capability to build for", got, f"choose from: {', '.join(known)}, each once")
     if recipe.version_compatible:
         got = "TensorRT-RTX, whose engines are for one release each"
@@ -233,7 +238,10 @@ def _plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         todo = "see the message" + (", or give more --workspace" if recipe.workspace_gib is not None else "")
-        todo += ", leave a compute capability out" if recipe.compute_capability else ""
+        # Turing has neither products of float32 in TensorRT-RTX nor bfloat16.
+        turing = ", leave 7.5 out or export with --precision fp16, the only one that it has"
+        other = ", leave a compute capability out" if recipe.compute_capability else ""
+        todo += turing if TURING in recipe.compute_capability else other
         raise DpctlError(f"{NAMES[recipe.flavor]} cannot build the engine", _said(library), todo)
     if timings is not None:
         cache.write_bytes(bytes(config.get_timing_cache().serialize()))

@@ -285,7 +285,8 @@ def checkable(path: Path, manifest: Manifest) -> Iterator[Path]:
         yield graph
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_emulated(graph, Path(folder) / "emulated.onnx")
+        with artifact.no_space_left_explained(Path(folder), "set TMPDIR to a folder with more of it"):
+            write_emulated(graph, Path(folder) / "emulated.onnx")
         yield Path(folder) / "emulated.onnx"
 
 

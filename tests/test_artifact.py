@@ -22,7 +22,8 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
 objects = st.dictionaries(texts, values, max_size=3)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
-file_maps = st.dictionaries(texts.filter(bool), digests, max_size=5)
+inside = texts.filter(lambda name: name and not name.startswith("/") and ".." not in name.split("/"))
+file_maps = st.dictionaries(inside, digests, max_size=5)
 manifests = st.builds(
     Manifest,
     kind=st.sampled_from(artifact.KINDS),

@@ -166,7 +166,12 @@ def write_by_safetensors(directory: Path) -> None:
     save_file({"big": np.zeros(250_000, np.float32)}, directory / "big.safetensors")
 
 
-@pytest.mark.parametrize("write", [write_by_python, write_by_safetensors])
+def write_by_numpy(directory: Path) -> None:
+    with (directory / "big.data").open("wb") as stream:
+        np.zeros(250_000, np.float32).tofile(stream)
+
+
+@pytest.mark.parametrize("write", [write_by_python, write_by_safetensors, write_by_numpy])
 def test_a_full_disk_is_explained_and_leaves_the_old(full_disk: Path, write: Callable[[Path], None]) -> None:
     out = full_disk / "out"
     with artifact.writing(out) as directory:

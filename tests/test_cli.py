@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -281,6 +282,31 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, dpctl: Ca
     assert done.code not in (0, 1, 2, 3)
     assert done.out == ""
     assert "Traceback" not in done.err
+
+
+STOPPED = """
+import os, signal, sys, time
+import dpctl.finetune
+from dpctl import artifact, cli
+
+def train(out, *_, **__):
+    with artifact.writing(out) as directory:
+        (directory / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+dpctl.finetune.train = train
+sys.argv = ["dpctl", "train", "--out", "out"]
+cli.main()
+"""
+
+
+def test_a_run_that_is_asked_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STOPPED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

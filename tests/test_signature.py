@@ -58,6 +58,12 @@ def test_an_impossible_batch_range_is_refused(batch: tuple[int, int, int]) -> No
         of_unet(CONFIG, batch)
 
 
+def test_an_axis_that_no_engine_takes_is_refused() -> None:
+    for batch, sizes in (((1, 2, 2**31), None), ((1, 2, 4), (8, 8, 2**31))):
+        with pytest.raises(DpctlError, match="no axis is so long"):
+            of_unet(CONFIG, batch, sizes)
+
+
 def test_check_returns_the_batch_of_fitting_shapes() -> None:
     assert of_unet(CONFIG, (2, 2, 4)).check({"sample": (3, 1, 8, 8), "timestep": (3,)}) == 3
 

@@ -128,6 +128,8 @@ def refuse_failed(directory: Path, manifest: Manifest) -> None:
 
 def exported(directory: Path, backend: str = "ort") -> Manifest:
     """Return the manifest of an exported directory; a DpctlError for any other."""
+    if not directory.is_dir():
+        raise DpctlError("no such directory", str(directory), "give the directory that `dpctl export` wrote")
     manifest = artifact.read_manifest(directory)
     if manifest is None or manifest.kind != "exported" or manifest.signature is None:
         kind = f"a {manifest.kind} model" if manifest is not None else "no dpctl.json"

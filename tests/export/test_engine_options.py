@@ -97,6 +97,15 @@ def test_a_refusal_comes_before_any_work(dpctl: Run, toy_pipeline: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_compute_capability_does_not_stand_for_every_gpu(
+    dpctl: Run, toy_pipeline: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    code, _, error = dpctl("export", toy_pipeline, "--out", tmp_path / "out", "--trt", "--compute-capability", "")
+    assert code == 1
+    assert "an empty one" in error
+
+
 def test_a_damaged_directory_is_not_exported_from(dpctl: Run, plain_exported: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(plain_exported, tmp_path / "here")
     (directory / "unet" / "model.fp32.onnx").write_bytes(b"")

@@ -152,6 +152,13 @@ def refuse(engine: Path) -> Callable[..., DpctlError]:
     return run
 
 
+@pytest.mark.parametrize("part", [".", "unet/missing.engine"])
+def test_what_is_no_engine_is_named(with_engine: Path, tuned: Path, part: str) -> None:
+    with pytest.raises(DpctlError, match="no such engine") as caught:
+        refit.refit(with_engine / part, str(tuned))
+    assert str(with_engine / part) in caught.value.got
+
+
 def test_an_engine_that_was_not_built_for_it_names_the_command(with_engine: Path, tuned: Path) -> None:
     with pytest.raises(DpctlError, match="not built to be refitted") as caught:
         refit.refit(with_engine / "unet" / NAME, str(tuned))

@@ -181,7 +181,11 @@ def test_a_timing_cache_that_does_not_fit_is_an_empty_one(tmp_path: Path, earlie
         ({"compute_capability": ("8.9", "8.9")}, "each once"),
         ({"compute_capability": ("ada",)}, "ada"),
         ({"optimization_level": 6}, "give 0"),
-        ({"workspace_gib": 0.0}, "not above 0"),
+        ({"compute_capability": ("8.9", "")}, "an empty one"),
+        ({"workspace_gib": 0.0}, "got: 0 GiB"),
+        ({"workspace_gib": float("nan")}, "got: nan GiB"),
+        ({"workspace_gib": float("inf")}, "no size that memory has"),
+        ({"workspace_gib": 1e300}, "no size that memory has"),
         ({"version_compatible": True}, "leave --version-compatible out"),
         ({"hardware_compatible": True}, "leave --hardware-compatible out"),
         ({"refit": True}, "only built with a GPU"),
@@ -278,8 +282,9 @@ def test_what_the_builder_refuses_is_said_and_nothing_is_left(plain_exported: Pa
     with pytest.raises(DpctlError, match="OutOfMemory|workspace limit") as caught:
         export_engine(plain_exported, tmp_path / "out", dataclasses.replace(RTX, workspace_gib=1e-6))
     assert "--workspace" in caught.value.todo
-    with pytest.raises(DpctlError, match=r"Turing \(SM75\): FP32 GEMM is not supported"):
+    with pytest.raises(DpctlError, match=r"Turing \(SM75\): FP32 GEMM is not supported") as caught:
         export_engine(plain_exported, tmp_path / "out", dataclasses.replace(RTX, compute_capability=("7.5",)))
+    assert "leave 7.5 out or export with --precision fp16" in caught.value.todo
     assert list(tmp_path.iterdir()) == []
 
 

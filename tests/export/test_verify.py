@@ -1,6 +1,9 @@
 import dataclasses
+import errno
 import math
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,17 @@ def test_a_network_that_gives_nan_itself_is_named_by_its_timestep(plain: Any) ->
     inputs = {"sample": torch.ones(2, 1, 8, 8), "timestep": torch.tensor([3.0, 0.0])}
     with pytest.raises(DpctlError, match="at timestep 0"):
         golden_file.with_outputs(network, inputs)
+
+
+def test_a_largest_size_that_memory_does_not_hold_is_a_clean_error(plain: Any) -> None:
+    signature = of_unet(plain.unet.config | {"_class_name": "UNet2DModel"}, (1, 2, 4), (8, 8, 16))
+
+    def network(sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample if sample.shape[-1] == 8 else torch.empty(2**60)
+
+    with pytest.raises(DpctlError, match="more memory than there is") as caught:
+        golden_file.make(network, EagerDenoiser(plain.unet), plain.scheduler, signature)
+    assert caught.value.got == "8x16 at batch 1"
 
 
 def test_torch_agrees_with_itself(plain: Any, golden: Golden) -> None:
@@ -228,6 +242,28 @@ def test_samples_that_are_not_finite_do_not_pass_where_torchs_own_are_not_either
     denoiser, scheduler = EagerDenoiser(plain.unet), plain.scheduler.config
     parity = verify.measure(denoiser, golden, signature, scheduler, {"samples_ssim": -1.0})
     assert parity["checks"]["sampling"]["verdict"] == parity["verdict"] == verify.FAILED
+
+
+def test_a_full_folder_for_temporary_files_is_named(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite_manifest(copied, parity={"precision": "fp16"})
+    manifest = artifact.read_manifest(copied)
+    assert manifest is not None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(graph: Path, out: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(verify, "write_emulated", full)
+    with pytest.raises(DpctlError, match="TMPDIR") as caught, verify.checkable(copied, manifest):
+        pytest.fail("the block ran")
+    assert caught.value.got.startswith(f"{tmp_path}/")
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DpctlError, match="no such directory"):
+        verify_directory(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("parity", [None, {}, {"precision": 16}])
