@@ -33,13 +33,16 @@ def export_engine(
 ) -> Manifest:
     """Write `out`: the exported directory `source` and an engine built from its graph; the two may be the same.
 
-    Raises a DpctlError for a directory that was not exported or has changed since, and for an engine that cannot be
-    built; `out` is as it was then.
+    An earlier engine of the same name is replaced, damaged or not. Raises a DpctlError for a directory that was not
+    exported or has changed since, and for an engine that cannot be built; `out` is as it was then.
     """
     manifest = exported(source, "trt")
     refuse_failed(source, manifest)
-    artifact.verify_files(source, manifest)
     recipe = to_tensorrt.check(recipe, manifest.recipe["precision"])
+    earlier = to_tensorrt.engine_path(source / "unet", recipe, manifest.recipe["precision"])
+    replaced = {path.relative_to(source).as_posix() for path in (earlier, sidecar(earlier), layers(earlier))}
+    kept = {name: sha256 for name, sha256 in manifest.files.items() if name not in replaced}
+    artifact.verify_files(source, dataclasses.replace(manifest, files=kept))
     with artifact.writing(out, force=force) as directory, bar("engine", 1) as advance:
         shutil.copytree(source, directory, dirs_exist_ok=True)
         return add_engine(directory, manifest, recipe, advance)

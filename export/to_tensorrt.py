@@ -120,6 +120,11 @@ def label(recipe: EngineRecipe, precision: str) -> str:
     return "tf32" if recipe.tf32 else precision
 
 
+def engine_path(folder: Path, recipe: EngineRecipe, precision: str) -> Path:
+    """Return where the engine of a recipe, its flavor chosen, lies among a graph of this precision."""
+    return folder / engines.name(label(recipe, precision), recipe.flavor, targets_of(recipe))
+
+
 def build(graph: Path, signature: Signature, recipe: EngineRecipe, precision: str) -> tuple[Path, EngineManifest]:
     """Build the engine of a graph beside it, with its manifest and its layers; `recipe` is what `check` returned.
 
@@ -128,7 +133,7 @@ def build(graph: Path, signature: Signature, recipe: EngineRecipe, precision: st
     """
     library = require(recipe.flavor)
     targets = targets_of(recipe)
-    engine = graph.with_name(engines.name(label(recipe, precision), recipe.flavor, targets))
+    engine = engine_path(graph.parent, recipe, precision)
     log_of(library).lines.clear()
     began = time.perf_counter()
     builder = library.Builder(log_of(library))

@@ -76,6 +76,21 @@ def name(precision: str, flavor: str, targets: Sequence[str]) -> str:
     return f"model.{precision}.{flavor}-{target}.engine"
 
 
+def _named(engine: Path) -> EngineRecipe:
+    """Return what the name of an engine says of its recipe; of another name, the default."""
+    found = re.fullmatch(r"model\.(\w+)\.(\w+)-(.+)\.engine", engine.name)
+    if found is None or found[2] not in NAMES:
+        return EngineRecipe()
+    precision, flavor, targets = found.groups()
+    listed = re.findall(r"sm(\d+)(\d)(?=\+|$)", targets) if flavor == "rtx" else []
+    return EngineRecipe(
+        flavor=flavor,
+        compute_capability=tuple(f"{major}.{minor}" for major, minor in listed),
+        hardware_compatible=flavor == "tensorrt" and targets.endswith("up"),
+        tf32=precision == "tf32",
+    )
+
+
 def graph_digests(graph: Path) -> dict[str, str]:
     """Return the files of an ONNX graph, weights beside it included, with their SHA-256."""
     parts = [graph, graph.with_name(f"{graph.name}.data")]
@@ -84,7 +99,7 @@ def graph_digests(graph: Path) -> dict[str, str]:
 
 def read(engine: Path) -> EngineManifest:
     """Return the manifest of an engine; a DpctlError where it is missing or damaged."""
-    path, todo = sidecar(engine), f"build the engine again: {rebuild(engine, EngineRecipe())}"
+    path, todo = sidecar(engine), f"build the engine again: {rebuild(engine, _named(engine))}"
     if not path.is_file():
         raise DpctlError("the engine has no manifest, so nothing says what it is", str(path), todo)
     with artifact.reading(path):

@@ -1,6 +1,7 @@
 """`dpctl export --trt` as it is typed: what is built, what is said of it, and which options are refused."""
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from dpctl import artifact, cli
+from dpctl.errors import DpctlError
 from dpctl.recipe import ChainRecipe, EngineRecipe, ExportRecipe, from_dict, read_recipe, to_dict
+from runtime import engine as engines
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -95,6 +98,36 @@ def test_a_refusal_comes_before_any_work(dpctl: Run, toy_pipeline: Path, tmp_pat
     assert code == 1
     assert "choose from: 7.5, 8.0" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone", "no manifest"])
+def test_the_command_that_a_refusal_names_builds_a_damaged_engine_again(
+    dpctl: Run, plain_exported: Path, tmp_path: Path, damage: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    directory = tmp_path / "out"
+    options = ("--trt", "--trt-flavor", "rtx", "--compute-capability", "8.9,12.0", "--tf32")
+    assert dpctl("export", plain_exported, "--out", directory, *options)[0] == 0
+    engine = directory / "unet" / "model.tf32.rtx-sm89+sm120.engine"
+    if damage == "no manifest":
+        engines.sidecar(engine).unlink()
+        with pytest.raises(DpctlError) as caught:
+            engines.read(engine)
+    else:
+        about = engines.read(engine)
+        engine.write_bytes(b"changed")
+        with pytest.raises(DpctlError) as caught:
+            engines.check_files(engine, about)
+    if damage == "gone":
+        engine.unlink()
+    program, *arguments = shlex.split(caught.value.todo.partition(": ")[2])
+    code, _, error = dpctl(*arguments)
+    assert (program, code) == ("dpctl", 0), error
+    manifest = artifact.read_manifest(directory)
+    assert manifest is not None
+    artifact.verify_files(directory, manifest)
+    engines.check_files(engine, engines.read(engine))
+    assert [path.name for path in directory.rglob("*.engine")] == [engine.name]
 
 
 def test_an_empty_compute_capability_does_not_stand_for_every_gpu(

@@ -89,8 +89,28 @@ def test_an_engine_without_a_readable_manifest_is_refused(engine: Path, damage: 
             "wrong kind": values | {"targets": "8.9"},
         }
         path.write_text(json.dumps(changed[damage]))
-    with pytest.raises(DpctlError, match=r"dpctl export '.*my models' --out '.*my models' --force --trt$"):
+    with pytest.raises(
+        DpctlError, match=r"dpctl export '.*my models' --out '.*my models' --force --trt --trt-flavor tensorrt$"
+    ):
         engines.read(engine)
+
+
+@pytest.mark.parametrize(
+    ("precision", "recipe", "target"),
+    [
+        ("fp16", EngineRecipe(flavor="rtx", compute_capability=("8.9", "12.0")), ["8.9", "12.0"]),
+        ("tf32", EngineRecipe(flavor="rtx", tf32=True), ["8.0+"]),
+        ("bf16", EngineRecipe(flavor="tensorrt", hardware_compatible=True), ["8.0+"]),
+        ("fp32", EngineRecipe(flavor="tensorrt"), ["8.9"]),
+    ],
+)
+def test_without_its_manifest_the_name_says_what_is_to_be_built(
+    tmp_path: Path, precision: str, recipe: EngineRecipe, target: list[str]
+) -> None:
+    path = tmp_path / "unet" / engines.name(precision, recipe.flavor, target)
+    with pytest.raises(DpctlError) as caught:
+        engines.read(path)
+    assert caught.value.todo == f"build the engine again: {engines.rebuild(path, recipe)}"
 
 
 @pytest.mark.parametrize(
