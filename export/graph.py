@@ -62,6 +62,7 @@ def write_graph(
         program.model.metadata_props.update(told)
         size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
         program.save(path, external_data=size > LARGEST_GRAPH)
+        let_go(program.model)
     onnx.checker.check_model(path, full_check=True)
     return lowered.report
 
@@ -107,6 +108,12 @@ def clear_notes(program: Any) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(program.model)
+
+
+def let_go(model: Any) -> None:
+    """Drop a graph's weights: the rewriter keeps the last graph that its rules matched, for as long as Python runs."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 @contextmanager
