@@ -81,6 +81,7 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         wrong = [name for name in ("recipe", "stats", "files") if not isinstance(values.get(name), dict)]
         wrong += [name for name in ("lineage",) if not isinstance(values.get(name, []), list)]
+        wrong += [name for name in ("signature", "parity") if not isinstance(values.get(name), dict | None)]
         wrong += [name for name in ("parent", "parent_source") if not isinstance(values.get(name, ""), str | None)]
         wrong += ["kind"] if values.get("kind") not in KINDS else []
         wrong += [] if "files" in wrong else [name for name in values["files"] if not _inside(name)]

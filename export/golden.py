@@ -24,6 +24,7 @@ from dpctl.diffusion import first_timestep, noise_for
 from dpctl.errors import DpctlError
 from dpctl.signature import OUTPUT, Signature
 from runtime import Denoiser, make_scheduler, sample
+from runtime.backends.ort import TORCH
 
 GOLDEN = "unet/golden.safetensors"
 POINTS = 8
@@ -195,23 +196,31 @@ def load(directory: Path, signature: Signature) -> Golden:
         raise DpctlError("the golden outputs cannot be read", f"{path}: {problem}", todo) from None
     other = {name.removeprefix(SIZE): value for name, value in tensors.items() if name.startswith(SIZE)}
     grid = {name: value for name, value in tensors.items() if "/" not in name}
-    for rows in (grid, *([other] if signature.sizes else [])):
-        if not fits(signature, rows):
-            shapes = {name: tuple(value.shape) for name, value in rows.items()}
-            raise DpctlError("the golden outputs are not those of the signature", f"{path}: {json.dumps(shapes)}", todo)
     samples = tensors.get(f"{SAMPLING}samples")
+    for rows in (grid, *([other] if signature.sizes or other else [])):
+        if not fits(signature, rows):
+            told = {name: f"{value.dtype} {list(value.shape)}".removeprefix("torch.") for name, value in rows.items()}
+            raise DpctlError("the golden outputs are not those of the signature", f"{path}: {json.dumps(told)}", todo)
     wanted = signature.shape(signature.input("sample"), sample_count(signature))
-    if samples is not None and tuple(samples.shape) != wanted:
-        got = f"{path}: samples of {list(samples.shape)}"
+    if samples is not None and (tuple(samples.shape) != wanted or samples.dtype != torch.float32):
+        got = f"{path}: samples {samples.dtype} {list(samples.shape)}"
         raise DpctlError("the golden outputs are not those of the signature", got, todo)
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise DpctlError("the golden outputs are not finite", f"{path}: {', '.join(broken)}", todo)
     return Golden(grid, other, samples)
 
 
 def fits(signature: Signature, rows: Mapping[str, Tensor]) -> bool:
-    """Tell whether tensors by name are inputs and outputs of a signature, at any number of rows."""
+    """Tell whether tensors by name are inputs and outputs of a signature: any number of rows, even under guidance."""
     wanted = {tensor.name: tensor for tensor in (*signature.inputs, *signature.outputs)}
-    count = len(rows.get("timestep", ()))
-    if not count or rows.keys() != wanted.keys():
+    if rows.keys() != wanted.keys() or rows["timestep"].ndim != 1 or rows["sample"].ndim != 4:
         return False
-    size = tuple(rows["sample"].shape[-2:]) if signature.sizes else None
-    return all(tuple(rows[name].shape) == tensor.at(count, size) for name, tensor in wanted.items())  # type: ignore[arg-type]
+    count, guided = len(rows["timestep"]), any(name in CONDITIONS for name in rows)
+    if not count or (guided and count % 2):
+        return False
+    size = (rows["sample"].shape[2], rows["sample"].shape[3]) if signature.sizes else None
+    return all(
+        tuple(rows[name].shape) == tensor.at(count, size) and rows[name].dtype == TORCH[tensor.dtype]
+        for name, tensor in wanted.items()
+    )

@@ -3,32 +3,17 @@
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dpctl import artifact, cli
+from dpctl import artifact
 from dpctl.errors import DpctlError
 from dpctl.recipe import ChainRecipe, EngineRecipe, ExportRecipe, from_dict, read_recipe, to_dict
 from runtime import engine as engines
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def dpctl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpctl", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code
-        return int(code or 0), *capfd.readouterr()
-
-    return run
 
 
 def test_an_engine_is_added_to_an_exported_directory(dpctl: Run, plain_exported: Path, tmp_path: Path) -> None:
