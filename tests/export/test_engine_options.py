@@ -1,6 +1,7 @@
 """`dpctl export --trt` as it is typed: what is built, what is said of it, and which options are refused."""
 
 import json
+import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -122,6 +123,26 @@ def test_an_empty_compute_capability_does_not_stand_for_every_gpu(
     code, _, error = dpctl("export", toy_pipeline, "--out", tmp_path / "out", "--trt", "--compute-capability", "")
     assert code == 1
     assert "an empty one" in error
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["the copy of the graph", "the engine"])
+def test_a_file_that_does_not_fit_ends_the_build_and_leaves_nothing(
+    dpctl: Run, plain_exported: Path, tmp_path: Path, share: float
+) -> None:
+    """The system itself refuses to write on, at a limit of the process in the place of a small disk."""
+    pytest.importorskip("tensorrt_rtx")
+    size = (plain_exported / "unet" / "model.fp32.onnx").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
+        options = ("--trt", "--trt-flavor", "rtx", "--compute-capability", "8.9")
+        code, said, error = dpctl("export", plain_exported, "--out", tmp_path / "out", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, said) == (1, "")
+    assert "a file cannot be read or written" in error
+    assert "File too large" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_directory_is_not_exported_from(dpctl: Run, plain_exported: Path, tmp_path: Path) -> None:
