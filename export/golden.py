@@ -82,8 +82,12 @@ def timestep_grid(scheduler: Any, points: int = POINTS, first: int = 0) -> Tenso
     them: a Fourier embedding takes the logarithm.
     """
     fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(int(fresh.config.get("num_train_timesteps", 1000)))
-    own = fresh.timesteps.to("cpu", torch.float32).unique()  # sorted upwards
+    count = int(fresh.config.get("num_train_timesteps", 1000))
+    try:
+        fresh.set_timesteps(count)
+        own = fresh.timesteps.to("cpu", torch.float32).unique()  # sorted upwards
+    except ValueError:  # of few steps only (LCM, TCD): what its network was distilled from has them all
+        own = torch.arange(count, dtype=torch.float32)
     own = own[own > 0] if first else own
     ranks = torch.logspace(0, math.log10(len(own)), min(points, len(own))).round().long().unique() - 1
     middle = len(own) // 2
@@ -162,7 +166,7 @@ def sampled(
             make_scheduler(SCHEDULER, {**scheduler, "steps_offset": first_timestep(denoiser)}),
             seed=SEED,
             indices=range(count),
-            num_inference_steps=min(STEPS, int(scheduler.get("num_train_timesteps", STEPS))),
+            num_inference_steps=step_count(scheduler),
             conditions={name: grid[name][rows] for name in names},
             size=(size[0], size[1]),
             on_step=lambda _, x_t: last.append(x_t.float().cpu().clone()),
@@ -170,6 +174,11 @@ def sampled(
     except DpctlError:  # the samples are not finite
         return None
     return last[-1]
+
+
+def step_count(scheduler: Mapping[str, Any]) -> int:
+    """Return how many steps the short run takes."""
+    return min(STEPS, int(scheduler.get("num_train_timesteps", STEPS)))
 
 
 def sample_count(signature: Signature) -> int:

@@ -186,7 +186,12 @@ def _sampling(
     least = 1 - max(1 - SSIM, TIMES_TORCH * (1 - torchs))
     # -1 stands for samples that are not finite: torch's own allow nothing.
     verdict = PASSED if similarity >= least and min(similarity, torchs) > -1 else FAILED
-    return {"verdict": verdict, "ssim": similarity, "at_least": least, "steps": golden_file.STEPS}
+    return {
+        "verdict": verdict,
+        "ssim": similarity,
+        "at_least": least,
+        "steps": golden_file.step_count(scheduler),
+    }
 
 
 def gate(parity: Mapping[str, Any], where: Path) -> None:
