@@ -196,8 +196,11 @@ def store(directory: Path, golden: Golden) -> None:
     (directory / GOLDEN).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
 
 
-def load(directory: Path, signature: Signature) -> Golden:
-    """Read the golden inputs and outputs; a DpctlError for a damaged file or other tensors than the signature's."""
+def load(directory: Path, signature: Signature, classes: int | None = None) -> Golden:
+    """Read the golden inputs and outputs; a DpctlError for a damaged file or other tensors than the signature's.
+
+    `classes` is how many the network knows, where it knows any.
+    """
     path, todo = directory / GOLDEN, "copy the directory again, or export the model again"
     try:
         tensors = load_file(path)
@@ -214,6 +217,10 @@ def load(directory: Path, signature: Signature) -> Golden:
     if samples is not None and (tuple(samples.shape) != wanted or samples.dtype != torch.float32):
         got = f"{path}: samples {samples.dtype} {list(samples.shape)}"
         raise DpctlError("the golden outputs are not those of the signature", got, todo)
+    labels = grid.get("class_labels")
+    if labels is not None and classes is not None and not ((labels >= 0) & (labels < classes)).all():
+        got = f"{path}: class_labels from {int(labels.min())} to {int(labels.max())}, and {classes} classes"
+        raise DpctlError("the golden outputs are not those of the network", got, todo)
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise DpctlError("the golden outputs are not finite", f"{path}: {', '.join(broken)}", todo)

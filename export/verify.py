@@ -247,7 +247,7 @@ def verify_directory(
         if golden_file.GOLDEN not in manifest.files:
             got, todo = f"{path}: {golden_file.GOLDEN} has no digest in the manifest", "export the model again"
             raise DpctlError("nothing says that the golden outputs are the model's", got, todo)
-        golden = golden_file.load(path, signature)
+        golden = golden_file.load(path, signature, denoiser.config.get("num_class_embeds"))
         scheduler = load_scheduler(path).config
         own = recorded_yardstick(path, earlier, golden)
         label = {"precision": TF32} if getattr(denoiser, "precision", "") == TF32 else {}

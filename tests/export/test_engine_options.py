@@ -77,6 +77,15 @@ def test_options_of_the_graph_are_refused_where_it_is_made_already(
     assert "exported already" in error
 
 
+def test_a_model_that_is_no_unet_is_refused(dpctl: Run, toy_pipeline: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(toy_pipeline, tmp_path / "vae")
+    (directory / "unet" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    code, said, error = dpctl("export", directory, "--out", tmp_path / "out")
+    assert (code, said) == (1, "")
+    assert "not supported yet\n  got: AutoencoderKL" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
 def test_a_refusal_comes_before_any_work(dpctl: Run, toy_pipeline: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     options = ("--trt", "--trt-flavor", "rtx", "--compute-capability", "9.0")

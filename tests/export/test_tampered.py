@@ -172,6 +172,16 @@ def test_golden_outputs_of_another_type_shape_or_none_are_refused(
     assert re.search(rf"(?s){words}.*\n  do:  ", error)
 
 
+def test_labels_of_no_class_are_refused(dpctl: Run, pruned_exported: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(pruned_exported, tmp_path / "copied"))
+    tensors = load_file(copied / golden_file.GOLDEN)
+    save_file(tensors | {"class_labels": tensors["class_labels"] + 1}, copied / golden_file.GOLDEN)
+    rewrite(copied)
+    code, said, error = dpctl("verify", copied)
+    assert (code, said) == (1, "")
+    assert "class_labels from 1 to 3, and 3 classes\n  do:  " in error
+
+
 def test_rows_of_a_size_that_is_fixed_are_refused(copied: Path) -> None:
     path = copied / golden_file.GOLDEN
     save_file(load_file(path) | {"size/sample": torch.zeros(1, 1, 16, 16)}, path)
