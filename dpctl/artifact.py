@@ -26,6 +26,7 @@ OURS = (MANIFEST, "bench.json", "samples.json")
 FORMAT_VERSION = 1
 KINDS = ("trained", "pruned", "finetuned", "exported")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = ("No space left", "Disk quota exceeded")
 SHORT = re.compile(r"\d+ requested and \d+ written")
 REFUSED = (
     errno.EACCES,
@@ -81,6 +82,7 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         wrong = [name for name in ("recipe", "stats", "files") if not isinstance(values.get(name), dict)]
         wrong += [name for name in ("lineage",) if not isinstance(values.get(name, []), list)]
+        wrong += [name for name in ("signature", "parity") if not isinstance(values.get(name), dict | None)]
         wrong += [name for name in ("parent", "parent_source") if not isinstance(values.get(name, ""), str | None)]
         wrong += ["kind"] if values.get("kind") not in KINDS else []
         wrong += [] if "files" in wrong else [name for name in values["files"] if not _inside(name)]
@@ -230,21 +232,29 @@ def no_space_left_explained(out: Path, otherwise: str = "choose another --out") 
     """
     try:
         yield
+    except shutil.Error as problem:  # of a copied tree: a list of (source, target, the system's text)
+        if not isinstance(problem.args[0], list):
+            raise
+        reasons = [str(reason) for *_, reason in problem.args[0]]
+        if any(words in reason for reason in reasons for words in NO_SPACE):
+            raise _full(out, otherwise) from None
+        raise _refused(out, reasons[0]) from None
     except OSError as problem:
         # numpy tells of a full disk without the system's number.
         if problem.errno in FULL or (problem.errno is None and SHORT.fullmatch(str(problem))):
             raise _full(out, otherwise) from None
         if problem.errno in REFUSED:
             where = problem.filename2 or problem.filename or out
-            got = f"{where}: {problem.strerror}"
-            raise DpctlError(
-                "a file cannot be read or written", got, f"mend it, or choose another --out than {out}"
-            ) from None
+            raise _refused(out, f"{where}: {problem.strerror}") from None
         raise
     except Exception as problem:  # safetensors reports a full disk as its own error, with the system's text
-        if "No space left" in str(problem) or "Disk quota exceeded" in str(problem):
+        if any(words in str(problem) for words in NO_SPACE):
             raise _full(out, otherwise) from None
         raise
+
+
+def _refused(out: Path, got: str) -> DpctlError:
+    return DpctlError("a file cannot be read or written", got, f"mend it, or choose another --out than {out}")
 
 
 def _full(out: Path, otherwise: str) -> DpctlError:

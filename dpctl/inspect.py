@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, bars, parity, units
+from dpctl import artifact, bars, parity, recorded, units
 from dpctl.artifact import Manifest
 
 # Of a list that may have a hundred entries so many are printed; all are in the manifest and with --json.
@@ -32,6 +32,7 @@ def inspect(name: str, scan: dict[str, Any] | None = None) -> Report:
     manifest = artifact.read_manifest(directory)
     if manifest is not None:
         artifact.verify_files(directory, manifest)
+        recorded.check(manifest, directory)
         return report(replace(manifest, stats=manifest.stats | added), directory)
     from dpctl import cost
 

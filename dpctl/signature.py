@@ -12,6 +12,8 @@ from dpctl.errors import DpctlError
 
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 OUTPUT = "out_sample"
+# Inputs of large numbers and their fractions: multiplied with a frequency, they need all of float32.
+CLOCKS = frozenset({"timestep", "time_ids"})
 DTYPES = ("float32", "int64")
 FAMILIES = ("UNet2DModel", "UNet2DConditionModel")
 PRUNED = "Pruned"

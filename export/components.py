@@ -69,18 +69,16 @@ class Component:
 def export_components(components: Sequence[Component], parent: str, directory: Path) -> dict[str, dict[str, Any]]:
     """Write the graphs of a pipeline's other networks; return graph, signature and parity of each by its entry.
 
-    `parent` is the digest of the model. Raises a GateError for a breach of tolerance.
+    `parent` is the digest of the model. A breach of tolerance is a verdict: the gate is the export's.
     """
     found = {}
     for component in components:
         path = directory / component.entry / component.file
         write_graph(component.network, component.signature, path, {"parent_digest": parent})
-        parity = _parity(component, path)
-        verify.gate(parity, path)
         found[component.entry] = {
             "graph": path.relative_to(directory).as_posix(),
             "signature": component.signature.to_json(),
-            **parity,
+            **_parity(component, path),
         }
     return found
 

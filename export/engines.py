@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, progress
+from dpctl import artifact, progress, recorded
 from dpctl.artifact import MANIFEST, Manifest
 from dpctl.models import resolve
 from dpctl.recipe import EngineRecipe, ExportRecipe, to_dict
@@ -38,8 +38,9 @@ def export_engine(
     """
     manifest = exported(source, "trt")
     refuse_failed(source, manifest)
-    recipe = to_tensorrt.check(recipe, manifest.recipe["precision"])
-    earlier = to_tensorrt.engine_path(source / "unet", recipe, manifest.recipe["precision"])
+    precision = recorded.precision_of(manifest, source)
+    recipe = to_tensorrt.check(recipe, precision)
+    earlier = to_tensorrt.engine_path(source / "unet", recipe, precision)
     replaced = {path.relative_to(source).as_posix() for path in (earlier, sidecar(earlier), layers(earlier))}
     kept = {name: sha256 for name, sha256 in manifest.files.items() if name not in replaced}
     artifact.verify_files(source, dataclasses.replace(manifest, files=kept))

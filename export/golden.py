@@ -24,6 +24,7 @@ from dpctl.diffusion import first_timestep, noise_for
 from dpctl.errors import DpctlError
 from dpctl.signature import OUTPUT, Signature
 from runtime import Denoiser, make_scheduler, sample
+from runtime.backends.ort import TORCH
 
 GOLDEN = "unet/golden.safetensors"
 POINTS = 8
@@ -81,8 +82,12 @@ def timestep_grid(scheduler: Any, points: int = POINTS, first: int = 0) -> Tenso
     them: a Fourier embedding takes the logarithm.
     """
     fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(int(fresh.config.get("num_train_timesteps", 1000)))
-    own = fresh.timesteps.to("cpu", torch.float32).unique()  # sorted upwards
+    count = int(fresh.config.get("num_train_timesteps", 1000))
+    try:
+        fresh.set_timesteps(count)
+        own = fresh.timesteps.to("cpu", torch.float32).unique()  # sorted upwards
+    except ValueError:  # of few steps only (LCM, TCD): what its network was distilled from has them all
+        own = torch.arange(count, dtype=torch.float32)
     own = own[own > 0] if first else own
     ranks = torch.logspace(0, math.log10(len(own)), min(points, len(own))).round().long().unique() - 1
     middle = len(own) // 2
@@ -161,7 +166,7 @@ def sampled(
             make_scheduler(SCHEDULER, {**scheduler, "steps_offset": first_timestep(denoiser)}),
             seed=SEED,
             indices=range(count),
-            num_inference_steps=min(STEPS, int(scheduler.get("num_train_timesteps", STEPS))),
+            num_inference_steps=step_count(scheduler),
             conditions={name: grid[name][rows] for name in names},
             size=(size[0], size[1]),
             on_step=lambda _, x_t: last.append(x_t.float().cpu().clone()),
@@ -169,6 +174,11 @@ def sampled(
     except DpctlError:  # the samples are not finite
         return None
     return last[-1]
+
+
+def step_count(scheduler: Mapping[str, Any]) -> int:
+    """Return how many steps the short run takes."""
+    return min(STEPS, int(scheduler.get("num_train_timesteps", STEPS)))
 
 
 def sample_count(signature: Signature) -> int:
@@ -186,8 +196,11 @@ def store(directory: Path, golden: Golden) -> None:
     (directory / GOLDEN).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
 
 
-def load(directory: Path, signature: Signature) -> Golden:
-    """Read the golden inputs and outputs; a DpctlError for a damaged file or other tensors than the signature's."""
+def load(directory: Path, signature: Signature, classes: int | None = None) -> Golden:
+    """Read the golden inputs and outputs; a DpctlError for a damaged file or other tensors than the signature's.
+
+    `classes` is how many the network knows, where it knows any.
+    """
     path, todo = directory / GOLDEN, "copy the directory again, or export the model again"
     try:
         tensors = load_file(path)
@@ -195,23 +208,35 @@ def load(directory: Path, signature: Signature) -> Golden:
         raise DpctlError("the golden outputs cannot be read", f"{path}: {problem}", todo) from None
     other = {name.removeprefix(SIZE): value for name, value in tensors.items() if name.startswith(SIZE)}
     grid = {name: value for name, value in tensors.items() if "/" not in name}
-    for rows in (grid, *([other] if signature.sizes else [])):
-        if not fits(signature, rows):
-            shapes = {name: tuple(value.shape) for name, value in rows.items()}
-            raise DpctlError("the golden outputs are not those of the signature", f"{path}: {json.dumps(shapes)}", todo)
     samples = tensors.get(f"{SAMPLING}samples")
+    for rows in (grid, *([other] if signature.sizes or other else [])):
+        if not fits(signature, rows):
+            told = {name: f"{value.dtype} {list(value.shape)}".removeprefix("torch.") for name, value in rows.items()}
+            raise DpctlError("the golden outputs are not those of the signature", f"{path}: {json.dumps(told)}", todo)
     wanted = signature.shape(signature.input("sample"), sample_count(signature))
-    if samples is not None and tuple(samples.shape) != wanted:
-        got = f"{path}: samples of {list(samples.shape)}"
+    if samples is not None and (tuple(samples.shape) != wanted or samples.dtype != torch.float32):
+        got = f"{path}: samples {samples.dtype} {list(samples.shape)}"
         raise DpctlError("the golden outputs are not those of the signature", got, todo)
+    labels = grid.get("class_labels")
+    if labels is not None and classes is not None and not ((labels >= 0) & (labels < classes)).all():
+        got = f"{path}: class_labels from {int(labels.min())} to {int(labels.max())}, and {classes} classes"
+        raise DpctlError("the golden outputs are not those of the network", got, todo)
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise DpctlError("the golden outputs are not finite", f"{path}: {', '.join(broken)}", todo)
     return Golden(grid, other, samples)
 
 
 def fits(signature: Signature, rows: Mapping[str, Tensor]) -> bool:
-    """Tell whether tensors by name are inputs and outputs of a signature, at any number of rows."""
+    """Tell whether tensors by name are inputs and outputs of a signature: any number of rows, even under guidance."""
     wanted = {tensor.name: tensor for tensor in (*signature.inputs, *signature.outputs)}
-    count = len(rows.get("timestep", ()))
-    if not count or rows.keys() != wanted.keys():
+    if rows.keys() != wanted.keys() or rows["timestep"].ndim != 1 or rows["sample"].ndim != 4:
         return False
-    size = tuple(rows["sample"].shape[-2:]) if signature.sizes else None
-    return all(tuple(rows[name].shape) == tensor.at(count, size) for name, tensor in wanted.items())  # type: ignore[arg-type]
+    count, guided = len(rows["timestep"]), any(name in CONDITIONS for name in rows)
+    if not count or (guided and count % 2):
+        return False
+    size = (rows["sample"].shape[2], rows["sample"].shape[3]) if signature.sizes else None
+    return all(
+        tuple(rows[name].shape) == tensor.at(count, size) and rows[name].dtype == TORCH[tensor.dtype]
+        for name, tensor in wanted.items()
+    )

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpctl.signature import OUTPUT
-from export.precision import CLOCKS
+from dpctl.signature import CLOCKS, OUTPUT
 from runtime.network import Network
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from dpctl.errors import DpctlError
+from dpctl.signature import CLOCKS
 
 FLOAT = ir.DataType.FLOAT
 
@@ -64,8 +65,6 @@ FP32 = {
 }
 WEIGHTS, UNTYPED, UNKNOWN = "weights out of range", "not in this type", "unknown operator"
 AMONG = "moves values in float32"
-# Graph inputs of large numbers and their fractions: multiplied with a frequency, they need all of float32.
-CLOCKS = frozenset({"timestep", "time_ids"})
 # These tell of a value's shape, whatever its type.
 SHAPES = frozenset({"Shape", "Size"})
 

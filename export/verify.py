@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpctl import artifact, registry
+from dpctl import artifact, recorded, registry
 from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError, GateError
 from dpctl.signature import OUTPUT, Signature
@@ -143,7 +143,8 @@ def structural_similarity(samples: Tensor, expected: Tensor) -> float:
 
 
 def _excess(row: Mapping[str, Any]) -> float:
-    return row["error"] / row["allowed"] if row["finite"] and row["allowed"] else math.inf
+    excess = row["error"] / row["allowed"] if row["finite"] and row["allowed"] else math.inf
+    return math.inf if math.isnan(excess) else excess  # which max would pass over
 
 
 def check_rows(rows: Rows) -> dict[str, Any]:
@@ -185,7 +186,12 @@ def _sampling(
     least = 1 - max(1 - SSIM, TIMES_TORCH * (1 - torchs))
     # -1 stands for samples that are not finite: torch's own allow nothing.
     verdict = PASSED if similarity >= least and min(similarity, torchs) > -1 else FAILED
-    return {"verdict": verdict, "ssim": similarity, "at_least": least, "steps": golden_file.STEPS}
+    return {
+        "verdict": verdict,
+        "ssim": similarity,
+        "at_least": least,
+        "steps": golden_file.step_count(scheduler),
+    }
 
 
 def gate(parity: Mapping[str, Any], where: Path) -> None:
@@ -193,11 +199,11 @@ def gate(parity: Mapping[str, Any], where: Path) -> None:
     if parity["verdict"] == PASSED:
         return
     worst = parity["worst"]
-    place = f"timestep {worst['timestep']:g}" if "timestep" in worst else f"{worst['output']}, batch {worst['batch']}"
-    failed = [told(name, check) for name, check in parity["checks"].items() if check["verdict"] == FAILED]
+    checks = parity["checks"] | {f"component {name}": part for name, part in parity.get("components", {}).items()}
+    failed = [told(name, check) for name, check in checks.items() if check["verdict"] == FAILED]
     tensor = f"; worst tensor {worst['tensor']}" if "tensor" in worst else ""
     got = (
-        f"{where}: {', '.join(failed)}; worst at {place}: relative L2 "
+        f"{where}: {', '.join(failed)}; worst at {_place(worst)}: relative L2 "
         f"{worst['relative_l2']:.2e}, largest error {worst['max_over_std']:.2e} of the output's std"
         + ("" if worst["finite"] else ", NaN or Inf")
         + tensor
@@ -209,8 +215,14 @@ def gate(parity: Mapping[str, Any], where: Path) -> None:
     )
 
 
+def _place(worst: Mapping[str, Any]) -> str:
+    return f"timestep {worst['timestep']:g}" if "timestep" in worst else f"{worst['output']}, batch {worst['batch']}"
+
+
 def told(name: str, check: Mapping[str, Any]) -> str:
     """Return a check as a few words."""
+    if "worst" in check:  # of a component
+        return f"{told(name, check['worst'] | {'verdict': check['verdict']})} at {_place(check['worst'])}"
     if check["verdict"] == NOT_RUN:
         return f"{name} not run here ({check['reason']})"
     if "ssim" in check:
@@ -230,19 +242,21 @@ def verify_directory(
     from dpctl.models import load_scheduler
 
     with opened(path, backend, threads=threads, device=device) as (denoiser, manifest):
-        recorded = recorded_parity(path, manifest)
+        earlier = recorded_parity(path, manifest)
         signature = Signature.from_json(manifest.signature)
         if golden_file.GOLDEN not in manifest.files:
             got, todo = f"{path}: {golden_file.GOLDEN} has no digest in the manifest", "export the model again"
             raise DpctlError("nothing says that the golden outputs are the model's", got, todo)
-        golden = golden_file.load(path, signature)
+        golden = golden_file.load(path, signature, denoiser.config.get("num_class_embeds"))
         scheduler = load_scheduler(path).config
-        own = tf32_yardstick(golden) if getattr(denoiser, "precision", "") == TF32 else recorded.get("yardstick")
-        measured = measure(denoiser, golden, signature, scheduler, own)
-        place = on_device(recorded["precision"], backend, denoiser.device)
+        own = recorded_yardstick(path, earlier, golden)
+        label = {"precision": TF32} if getattr(denoiser, "precision", "") == TF32 else {}
+        measured = measure(denoiser, golden, signature, scheduler, tf32_yardstick(golden) if label else own)
+        place = on_device(earlier["precision"], backend, denoiser.device)
     # What the export found and cannot be measured here, torch's own overflow among it, still counts.
-    checks = recorded.get("checks", {}) | measured["checks"] | place
-    parity = {**recorded, **measured, "checks": checks, "verdict": overall(checks)}
+    checks = earlier.get("checks", {}) | measured["checks"] | place
+    verdict = overall(checks | earlier.get("components", {}))
+    parity = {**earlier, **label, **measured, "checks": checks, "verdict": verdict}
     gate(parity, path)
     return parity
 
@@ -324,11 +338,28 @@ def on_device(precision: str, backend: str, device: torch.device) -> dict[str, A
 
 
 def recorded_parity(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return the parity in a manifest; a DpctlError where there is none."""
+    """Return the parity in a manifest; a DpctlError where there is none, or one of another precision."""
     parity = manifest.parity or {}
-    if not isinstance(parity.get("precision"), str):
+    if "precision" not in parity:
         raise DpctlError("the manifest holds no parity", str(path), "export the model again")
+    recorded.precision_of(manifest, path)
     return parity
+
+
+def recorded_yardstick(path: Path, parity: Mapping[str, Any], golden: Golden) -> dict[str, Any] | None:
+    """Return torch's own error in a recorded parity, None in float32; a DpctlError unless it is of the golden rows."""
+    own, wanted = parity.get("yardstick"), {}
+    if parity["precision"] != FP32:
+        rows = len(golden.grid["timestep"])
+        wanted = {"relative_l2": rows}
+        if not (own or {}).get("first_non_finite"):  # else the rest was not measured
+            wanted |= {"guided_relative_l2": rows // 2} if is_guided(golden.grid) else {}
+            wanted |= {"other_size_relative_l2": len(golden.other_size["timestep"])} if golden.other_size else {}
+    found = {name: len(errors) for name, errors in (own or {}).items() if name.endswith("relative_l2")}
+    if found != wanted or (own is None) != (parity["precision"] == FP32):
+        got = f"{path}: errors {found or 'none'}, where the golden outputs make it {wanted or 'none'}"
+        raise DpctlError("torch's own error is not of these golden outputs", got, "export the model again")
+    return own
 
 
 def in_batches(denoiser: Denoiser, rows: Mapping[str, Tensor], signature: Signature, size: int) -> Tensor:

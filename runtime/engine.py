@@ -16,11 +16,14 @@ from typing import Any
 from dpctl import artifact
 from dpctl.errors import DpctlError
 from dpctl.recipe import EngineRecipe, from_dict, to_dict
+from dpctl.signature import Signature
 
 FORMAT_VERSION = 1
 NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 # Of a target: this compute capability and every later one.
 LATER = "+"
+# A compute capability, and a file beside the engine.
+TARGET, FILE = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\+?"), re.compile(r"\w[\w.+-]*")
 # Options that are not called like the entry of the recipe.
 OPTIONS = {"flavor": "trt-flavor", "workspace_gib": "workspace"}
 
@@ -123,13 +126,14 @@ def _check_values(manifest: EngineManifest) -> None:
             raise ValueError(f"{entry} is {getattr(manifest, entry)!r}")
     if manifest.format_version != FORMAT_VERSION or manifest.flavor not in NAMES:
         raise ValueError(f"format_version {manifest.format_version}, flavor {manifest.flavor}")
-    if any(not isinstance(sha256, str) or Path(part).name != part for part, sha256 in manifest.onnx.items()):
+    if any(not isinstance(sha256, str) or not FILE.fullmatch(part) for part, sha256 in manifest.onnx.items()):
         raise ValueError(f"onnx is {manifest.onnx}")
     if not any(part.endswith(".onnx") for part in manifest.onnx):
         raise ValueError("onnx names no graph")
-    if any(not re.fullmatch(r"\d+\.\d+\+?", str(target)) for target in manifest.targets):
+    if not manifest.targets or not all(isinstance(t, str) and TARGET.fullmatch(t) for t in manifest.targets):
         raise ValueError(f"targets are {manifest.targets}")
-    _ = manifest.engine_recipe
+    if manifest.engine_recipe.flavor not in (manifest.flavor, "auto"):
+        raise ValueError(f"flavor {manifest.flavor}, and {manifest.engine_recipe.flavor} in the recipe")
 
 
 def check(engine: Path, manifest: EngineManifest, *, version: str, capability: str, gpu: str) -> None:
@@ -184,6 +188,33 @@ def check_target(engine: Path, manifest: EngineManifest, capability: str, gpu: s
     got = f"{engine.name}: for {made_for}; this is {gpu}, compute capability {capability}"
     todo = f"build one for this GPU: {rebuild(engine, manifest.engine_recipe, capability)}"
     raise DpctlError("the engine is for another GPU", got, todo)
+
+
+def check_profile(engine: Path, manifest: EngineManifest, signature: Signature) -> None:
+    """Raise a DpctlError unless the engine was built for the shapes of a signature."""
+    wanted = profile_of(signature)
+    if manifest.profile == wanted:
+        return
+    odd = [name for name in {**wanted, **manifest.profile} if manifest.profile.get(name) != wanted.get(name)]
+    got = f"{engine.name}: {odd[0]} {manifest.profile.get(odd[0])}, the signature {wanted.get(odd[0])}"
+    todo = f"build the engine again: {rebuild(engine, manifest.engine_recipe)}"
+    raise DpctlError("the engine is for other shapes than the signature", got, todo)
+
+
+def profile_of(signature: Signature) -> dict[str, list[list[int]]]:
+    """Return the smallest, best and largest shape of every input, as an engine's manifest holds them."""
+    return {tensor.name: [list(shape) for shape in signature.bounds(tensor)] for tensor in signature.inputs}
+
+
+def precedence(manifest: EngineManifest) -> tuple[bool, int, bool, bool]:
+    """Return what sorts engines that all run on one GPU: the most specific first.
+
+    For named compute capabilities before all later ones, for fewer of them before more, TensorRT's before
+    TensorRT-RTX's, one for its own version before one for others too.
+    """
+    portable = any(target.endswith(LATER) for target in manifest.targets)
+    lenient = manifest.engine_recipe.version_compatible
+    return portable, len(manifest.targets), manifest.flavor != "tensorrt", lenient
 
 
 def _covers(target: str, capability: str) -> bool:

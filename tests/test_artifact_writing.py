@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,22 @@ def test_a_full_disk_is_explained_and_leaves_the_old(full_disk: Path, write: Cal
 def test_the_systems_word_for_no_space_is_explained(tmp_path: Path, code: int) -> None:
     with pytest.raises(DpctlError, match="no space left"), artifact.writing(tmp_path / "out"):
         raise OSError(code, os.strerror(code))
+    assert listed(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[Errno 28] No space left on device: 'a'", "no space left"),
+        ("[Errno 13] Permission denied: 'a'", "denied: 'a'"),
+    ],
+)
+def test_a_tree_that_cannot_be_copied_is_explained(tmp_path: Path, text: str, words: str) -> None:
+    """As shutil.copytree tells it: without the system's number."""
+    with pytest.raises(DpctlError, match=words), artifact.writing(tmp_path / "out"):
+        raise shutil.Error([("a", "b", text)])
+    with pytest.raises(shutil.SameFileError), artifact.writing(tmp_path / "out"):
+        raise shutil.SameFileError("our own mistake")
     assert listed(tmp_path) == []
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dpctl.models import load_model
+from dpctl.signature import CLOCKS
 from runtime.denoiser import find_device, memory_used, synchronize
 from runtime.network import Network
 
@@ -33,8 +34,8 @@ class EagerDenoiser:
         return self._network(**{name: self._taken(value, name) for name, value in given.items()}).float()
 
     def _taken(self, value: Tensor, name: str) -> Tensor:
-        # Timesteps stay float32 (999 is not exact in bf16), and labels are whole numbers.
-        narrow = value.is_floating_point() and name != "timestep"
+        # Timesteps and sizes stay float32 (999 is not exact in bf16), and labels are whole numbers.
+        narrow = value.is_floating_point() and name not in CLOCKS
         return value.to(self.device, self.dtype if narrow else None)
 
     def synchronize(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpctl import artifact
+from dpctl import artifact, recorded
 from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import read_config
@@ -127,7 +127,7 @@ def refuse_failed(directory: Path, manifest: Manifest) -> None:
 
 
 def exported(directory: Path, backend: str = "ort") -> Manifest:
-    """Return the manifest of an exported directory; a DpctlError for any other."""
+    """Return the manifest of an exported directory; a DpctlError for any other, and for one that records nonsense."""
     if not directory.is_dir():
         raise DpctlError("no such directory", str(directory), "give the directory that `dpctl export` wrote")
     manifest = artifact.read_manifest(directory)
@@ -136,6 +136,7 @@ def exported(directory: Path, backend: str = "ort") -> Manifest:
         raise DpctlError(
             f"the {backend} backend runs exported directories", f"{directory}: {kind}", "run `dpctl export` on it first"
         )
+    recorded.check(manifest, directory)
     return manifest
 
 

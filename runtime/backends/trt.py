@@ -173,12 +173,12 @@ def open_denoiser(
     found = _engines(directory, manifest)
     if threads is not None:
         torch.set_num_threads(threads)
-    path, about, library = _choose(found, target)
+    signature = Signature.from_json(manifest.signature)
+    path, about, library = _choose(found, signature, target)
     # Its own digests were just compared; here the rest.
     seen = {f"unet/{name}" for name in (path.name, *about.onnx)}
     others = {name: sha256 for name, sha256 in manifest.files.items() if name not in seen}
     artifact.verify_files(directory, dataclasses.replace(manifest, files=others))
-    signature = Signature.from_json(manifest.signature)
     with torch.cuda.device(target):
         loaded = load(library, path, about)
         _check_tensors(library, loaded, signature, path)
@@ -281,8 +281,11 @@ def _engines(directory: Path, manifest: Manifest) -> list[Path]:
     return found
 
 
-def _choose(found: list[Path], device: torch.device) -> tuple[Path, EngineManifest, ModuleType]:
-    """Return the one engine that runs here, with its manifest and library; a DpctlError why none does, or several."""
+def _choose(found: list[Path], signature: Signature, device: torch.device) -> tuple[Path, EngineManifest, ModuleType]:
+    """Return the most specific engine that runs here, with its manifest and library; a DpctlError why there is none.
+
+    None is taken of several that differ in precision, or are equally specific.
+    """
     chosen, refusals = [], []
     for path in found:
         try:
@@ -295,14 +298,20 @@ def _choose(found: list[Path], device: torch.device) -> tuple[Path, EngineManife
                 capability=capability_of(device),
                 gpu=name_of(device),
             )
+            engines.check_profile(path, about, signature)
             chosen.append((path, about, library))
         except DpctlError as problem:
             refusals.append(problem)
-    if len(chosen) > 1:
-        got = ", ".join(path.name for path, _, _ in chosen)
-        raise DpctlError("several engines are for this GPU", got, "keep one of them, or export into directories apart")
     if not chosen:
         raise refusals[0]
+    chosen.sort(key=lambda each: engines.precedence(each[1]))
+    first, *others = [about for _, about, _ in chosen]
+    if any(engines.precedence(about) == engines.precedence(first) for about in others) or any(
+        about.precision != first.precision for about in others
+    ):
+        got = ", ".join(f"{path.name} ({about.precision})" for path, about, _ in chosen)
+        todo = "keep one of them, or export into directories apart"
+        raise DpctlError("several engines are for this GPU, and none before the others", got, todo)
     return chosen[0]
 
 

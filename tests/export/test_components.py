@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dpctl import artifact
-from dpctl.errors import DpctlError
+from dpctl.errors import DpctlError, GateError
 from dpctl.models import load_model, write_pipeline
 from dpctl.recipe import ExportRecipe
 from dpctl.signature import of_unet
-from export import export_model
+from export import components, export_model, verify_directory
 from export.components import load_components
+from export.graph import write_graph
+from runtime import open_denoiser
 
 TEXT: dict[str, Any] = {
     "vocab_size": 100,
@@ -210,6 +213,36 @@ def test_the_manifest_holds_graph_signature_and_verdict_of_each(exported: Path) 
     artifact.verify_files(exported, manifest)
 
 
+def test_a_component_that_fails_fails_the_export_and_is_kept_where_asked(
+    plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(network: Any, signature: Any, path: Path, *more: Any) -> Any:
+        told = write_graph(network, signature, path, *more)
+        if path.name == "decoder.onnx":
+            with torch.no_grad():
+                network.vae.decoder.conv_out.weight.mul_(1.01)
+        return told
+
+    monkeypatch.setattr(components, "write_graph", spoiled)
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(plain.directory, source)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(source / "vae")
+    index = json.loads((source / "model_index.json").read_text()) | {"vae": ["diffusers", "AutoencoderKL"]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(GateError, match=r"component vae failed \(error .*, tolerance 1.0e-04\) at sample, batch"):
+        export_model(load_model(source), out, ExportRecipe(batch=(1, 1, 2), components=True), keep_failed=True)
+    manifest = artifact.read_manifest(out)
+    assert manifest is not None
+    artifact.verify_files(out, manifest)
+    parity = manifest.parity or {}
+    assert (parity["verdict"], parity["components"]["vae"]["verdict"]) == ("failed", "failed")
+    assert all(check["verdict"] != "failed" for check in parity["checks"].values())
+    with pytest.raises(DpctlError, match="did not pass its parity check"):
+        open_denoiser(out, "ort")
+    with pytest.raises(GateError, match="component vae failed"):
+        verify_directory(out)
+
+
 def test_a_projected_text_encoder_gives_its_embedding(pipeline: Path, tmp_path: Path) -> None:
     encoder = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT))
     shutil.copytree(pipeline, tmp_path / "sd")
@@ -238,6 +271,16 @@ def test_what_has_no_components_and_unknown_ones_are_refused(
     (tmp_path / "sd/model_index.json").write_text(json.dumps(index))
     with pytest.raises(DpctlError, match="text_encoder: T5Custom"):
         export_model(load_model(tmp_path / "sd"), tmp_path / "out", ExportRecipe(components=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_transformers_the_extra_is_named(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(pipeline)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DpctlError, match=r"dpctl-diffusion\[text\]"):
+        export_model(model, tmp_path / "out", ExportRecipe(components=True))
     assert not (tmp_path / "out").exists()
 
 

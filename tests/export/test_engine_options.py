@@ -1,34 +1,20 @@
 """`dpctl export --trt` as it is typed: what is built, what is said of it, and which options are refused."""
 
 import json
+import resource
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dpctl import artifact, cli
+from dpctl import artifact
 from dpctl.errors import DpctlError
 from dpctl.recipe import ChainRecipe, EngineRecipe, ExportRecipe, from_dict, read_recipe, to_dict
 from runtime import engine as engines
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def dpctl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpctl", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code
-        return int(code or 0), *capfd.readouterr()
-
-    return run
 
 
 def test_an_engine_is_added_to_an_exported_directory(dpctl: Run, plain_exported: Path, tmp_path: Path) -> None:
@@ -91,6 +77,15 @@ def test_options_of_the_graph_are_refused_where_it_is_made_already(
     assert "exported already" in error
 
 
+def test_a_model_that_is_no_unet_is_refused(dpctl: Run, toy_pipeline: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(toy_pipeline, tmp_path / "vae")
+    (directory / "unet" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    code, said, error = dpctl("export", directory, "--out", tmp_path / "out")
+    assert (code, said) == (1, "")
+    assert "not supported yet\n  got: AutoencoderKL" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
 def test_a_refusal_comes_before_any_work(dpctl: Run, toy_pipeline: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     options = ("--trt", "--trt-flavor", "rtx", "--compute-capability", "9.0")
@@ -137,6 +132,26 @@ def test_an_empty_compute_capability_does_not_stand_for_every_gpu(
     code, _, error = dpctl("export", toy_pipeline, "--out", tmp_path / "out", "--trt", "--compute-capability", "")
     assert code == 1
     assert "an empty one" in error
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["the copy of the graph", "the engine"])
+def test_a_file_that_does_not_fit_ends_the_build_and_leaves_nothing(
+    dpctl: Run, plain_exported: Path, tmp_path: Path, share: float
+) -> None:
+    """The system itself refuses to write on, at a limit of the process in the place of a small disk."""
+    pytest.importorskip("tensorrt_rtx")
+    size = (plain_exported / "unet" / "model.fp32.onnx").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
+        options = ("--trt", "--trt-flavor", "rtx", "--compute-capability", "8.9")
+        code, said, error = dpctl("export", plain_exported, "--out", tmp_path / "out", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, said) == (1, "")
+    assert "a file cannot be read or written" in error
+    assert "File too large" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_directory_is_not_exported_from(dpctl: Run, plain_exported: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from export import golden as golden_file
 from export import verify, verify_directory
 from export.golden import Golden
 from runtime.backends.eager import EagerDenoiser
+from runtime.backends.ort import OrtDenoiser
 from runtime.network import Network
 
 GRAPH = "unet/model.fp32.onnx"
@@ -72,6 +73,30 @@ def test_the_grid_of_a_short_or_fractional_schedule_is_sound() -> None:
     grid = golden_file.timestep_grid(EulerDiscreteScheduler(timestep_spacing="linspace"))
     assert len(grid) == 9
     assert (grid.min(), grid.max()) == (0, 999)
+
+
+@pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
+def test_the_grid_of_a_scheduler_of_few_steps_is_that_of_its_training(kind: Any) -> None:
+    assert torch.equal(golden_file.timestep_grid(kind()), golden_file.timestep_grid(DDPMScheduler()))
+
+
+def test_a_short_run_says_how_short_it_is(plain: Any, golden: Golden) -> None:
+    signature = of_unet({"_class_name": "UNet2DModel", **plain.unet.config})
+    scheduler = {**plain.scheduler.config, "num_train_timesteps": 3}
+    parity = verify.measure(EagerDenoiser(plain.unet), golden, signature, scheduler)
+    assert parity["checks"]["sampling"]["steps"] == 3
+
+
+def test_what_was_measured_in_tf32_is_called_so(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OrtDenoiser, "precision", "tf32", raising=False)
+    parity = verify_directory(copied)
+    assert (parity["verdict"], parity["precision"]) == ("passed", "tf32")
+    assert {row["allowed"] for row in parity["timesteps"]} == {1.5 * verify.TF32_ERROR}
+
+
+def test_an_error_that_is_no_number_does_not_pass() -> None:
+    rows = [{"error": error, "allowed": 1e-4, "finite": True} for error in (1e-6, math.nan, 1e-5)]
+    assert verify.check_rows(rows)["verdict"] == verify.FAILED
 
 
 def test_golden_inputs_are_the_same_every_time_and_of_unit_scale() -> None:
@@ -266,7 +291,7 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
         verify_directory(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("parity", [None, {}, {"precision": 16}])
+@pytest.mark.parametrize("parity", [None, {}, {"verdict": "passed"}])
 def test_a_manifest_without_parity_is_refused(copied: Path, parity: Any) -> None:
     rewrite_manifest(copied, parity=parity)
     with pytest.raises(DpctlError, match="no parity"):

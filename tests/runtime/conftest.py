@@ -255,13 +255,15 @@ def _add_engine(directory: Path, recipe: EngineRecipe, **changed: Any) -> Path:
     targets = changed.get("targets", ["8.9"])
     engine = directory / "unet" / engines.name("fp32", recipe.flavor, targets)
     engine.write_bytes(b"an engine for " + recipe.flavor.encode())
+    manifest = artifact.read_manifest(directory)
+    assert manifest is not None
     values: dict[str, Any] = {
         "flavor": recipe.flavor,
         "version": _library(recipe.flavor).__version__,
         "targets": targets,
         "gpu": GPU["gpu"] if recipe.flavor == "tensorrt" else None,
         "precision": "fp32",
-        "profile": {},
+        "profile": engines.profile_of(Signature.from_json(manifest.signature)),
         "weights_bytes": None,
         "activation_bytes": None,
         "build_s": 1.0,
@@ -272,8 +274,6 @@ def _add_engine(directory: Path, recipe: EngineRecipe, **changed: Any) -> Path:
         "built_on": {},
     }
     engines.sidecar(engine).write_text(engines.EngineManifest(**values | changed).to_json())
-    manifest = artifact.read_manifest(directory)
-    assert manifest is not None
     manifest = dataclasses.replace(manifest, files=artifact.hash_files(directory))
     (directory / artifact.MANIFEST).write_text(manifest.to_json())
     return engine

@@ -1,6 +1,7 @@
 """What every backend promises: one test per promise, over the folder of backends."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import runtime
 from dpctl import registry
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
+from runtime.backends.eager import EagerDenoiser
 
 NAMES = registry.names(runtime.BACKENDS)
 
@@ -148,3 +150,15 @@ def test_eager_sets_the_threads_that_were_asked_for(model_directory: Path) -> No
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_sizes_keep_all_of_float32_in_a_narrow_network(families: dict[str, Callable[..., Any]]) -> None:
+    unet, seen = families["sdxl"](in_channels=4, out_channels=4), []
+    unet.add_time_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    given = {
+        "encoder_hidden_states": torch.randn(1, 77, 24),
+        "text_embeds": torch.randn(1, 32),
+        "time_ids": torch.tensor([[1021.0, 999.0, 13.0, 7.0, 1021.0, 999.0]]),
+    }
+    EagerDenoiser(torch.nn.Module.to(unet, torch.bfloat16))(torch.randn(1, 4, 8, 8), torch.tensor([999.0]), **given)
+    assert torch.equal(seen[0], given["time_ids"][0])

@@ -16,6 +16,7 @@ import torch
 
 from dpctl.errors import DpctlError
 from dpctl.recipe import EngineRecipe
+from dpctl.signature import Signature
 from runtime import engine as engines
 from runtime.backends import ort, trt
 
@@ -157,15 +158,78 @@ def test_what_does_not_fit_is_refused_before_any_byte_is_loaded(
         assert "dpctl export" in caught.value.todo
 
 
+RTX = EngineRecipe(flavor="rtx")
+
+
 def test_of_several_engines_the_one_for_this_gpu_is_taken(
     with_engine: Path, opened: SimpleNamespace, add_engine: Callable[..., Path]
 ) -> None:
     add_engine(with_engine, EngineRecipe(flavor="tensorrt"), targets=["12.0"], gpu="another")
     with trt.open_denoiser(with_engine):
         pass
-    add_engine(with_engine, EngineRecipe(flavor="rtx"))
-    with pytest.raises(DpctlError, match="several engines are for this GPU"):
-        trt.open_denoiser(with_engine)
+    assert opened.loaded == [b"an engine for tensorrt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        pytest.param((RTX, ["8.9"]), (RTX, ["8.0+"]), id="this GPU before all later ones"),
+        pytest.param((RTX, ["8.9"]), (RTX, ["8.9", "12.0"]), id="this GPU before two"),
+        pytest.param((RTX, ["8.9", "12.0"]), (RTX, ["8.0+"]), id="two before all later ones"),
+        pytest.param((EngineRecipe(flavor="tensorrt"), ["8.9"]), (RTX, ["8.9"]), id="TensorRT before TensorRT-RTX"),
+        pytest.param(
+            (RTX, ["8.9"]), (EngineRecipe(flavor="tensorrt", hardware_compatible=True), ["8.0+"]), id="target first"
+        ),
+    ],
+)
+def test_of_several_engines_for_this_gpu_the_most_specific_is_taken(
+    exported_directory: Path,
+    tmp_path: Path,
+    opened: SimpleNamespace,
+    add_engine: Callable[..., Path],
+    machine: Any,
+    first: Any,
+    other: Any,
+) -> None:
+    directory = Path(shutil.copytree(exported_directory, tmp_path / "several"))
+    paths = [add_engine(directory, recipe, targets=targets) for recipe, targets in (other, first)]
+    manifest = ort.exported(directory)
+    signature = Signature.from_json(manifest.signature)
+    for found in (paths, paths[::-1]):
+        assert trt._choose(found, signature, torch.device("cpu"))[0] == paths[1]
+    paths[1].write_bytes(b"damaged")  # then the other one
+    assert trt._choose(paths, signature, torch.device("cpu"))[0] == paths[0]
+    assert opened.loaded == []
+
+
+@pytest.mark.parametrize(
+    "changed", [{"targets": ["8.6", "8.9"]}, {"targets": ["8.0+"], "precision": "tf32"}], ids=["equal", "precision"]
+)
+def test_nothing_chooses_between_equal_engines_or_two_precisions(
+    exported_directory: Path,
+    tmp_path: Path,
+    opened: SimpleNamespace,
+    add_engine: Callable[..., Path],
+    machine: Any,
+    changed: dict[str, Any],
+) -> None:
+    directory = Path(shutil.copytree(exported_directory, tmp_path / "several"))
+    add_engine(directory, RTX, targets=["8.9", "12.0"])
+    add_engine(directory, RTX, **changed)
+    with pytest.raises(DpctlError, match="none before the others"):
+        trt.open_denoiser(directory)
+    assert opened.loaded == []
+
+
+def test_an_engine_for_other_shapes_is_refused_with_the_command_before_any_byte_is_loaded(
+    exported_directory: Path, tmp_path: Path, opened: SimpleNamespace, add_engine: Callable[..., Path], machine: Any
+) -> None:
+    directory = Path(shutil.copytree(exported_directory, tmp_path / "other"))
+    add_engine(directory, RTX, profile={"sample": [[n, 1, 8, 8] for n in (1, 8, 64)], "timestep": [[1], [8], [64]]})
+    with pytest.raises(DpctlError, match=r"other shapes than the signature\n.*sample \[\[1, 1, 8, 8\]") as caught:
+        trt.open_denoiser(directory)
+    assert f"dpctl export {directory} --out {directory} --force --trt --trt-flavor rtx" in caught.value.todo
+    assert opened.loaded == []
 
 
 def test_a_version_compatible_engine_runs_under_the_lean_runtime(
