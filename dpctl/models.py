@@ -98,6 +98,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_index(directory: Path) -> dict[str, Any]:
+    """Return what `model_index.json` says of a pipeline directory; a DpctlError where there is none."""
+    path = directory / "model_index.json"
+    if not path.is_file():
+        raise DpctlError(
+            "not a pipeline", f"{directory} has no model_index.json", "give a diffusers pipeline directory"
+        )
+    return _read_object(path, "the pipeline's index")
+
+
 def load_scheduler(directory: Path) -> Any:
     """Return the directory's own scheduler, or diffusers' default DDPM scheduler for a bare UNet."""
     import diffusers
