@@ -6,7 +6,7 @@ float32 and on the backend's device; the graphs that `dpctl export --components`
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -158,9 +158,9 @@ def _refuse_foreign(name: str, entry: Any, directory: Path) -> None:
     if entry is None or entry == [None, None]:
         return
     named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    known = named and (entry[0] in LIBRARIES or hasattr(pipelines, entry[0]))
-    # transformers' Auto classes ask whether to run code that a config names; nested pipelines read pickles.
-    if not known or entry[1].endswith("Pipeline") or (entry[0] == "transformers" and entry[1].startswith("Auto")):
+    known = named and (entry[0] in LIBRARIES or isinstance(getattr(pipelines, entry[0], None), ModuleType))
+    # transformers' Auto classes ask whether to run code that a config names; pipelines within one read what they like.
+    if not known or "Pipeline" in entry[1] or (entry[0] == "transformers" and entry[1].startswith("Auto")):
         got = f"{name}: {entry} in {directory}"
         raise DpctlError("a component is not of diffusers or transformers", got, "save the pipeline with their classes")
 

@@ -14,12 +14,14 @@ from diffusers import (
     DDIMScheduler,
     LatentConsistencyModelPipeline,
     LDMPipeline,
+    LDMTextToImagePipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import runtime
@@ -244,6 +246,26 @@ def test_latent_diffusion_on_ort_draws_what_stock_draws(latent: Path, tmp_path: 
     assert (abs(found - expected) < 1e-3).mean() > 0.99
 
 
+def test_latent_diffusion_from_texts_is_the_stock_pipeline_bit_for_bit(
+    families: dict[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    sizes = {"d_model": 24, "encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "head_dim": 12}
+    pipe = LDMTextToImagePipeline(
+        vqvae=decoder(AutoencoderKL),
+        bert=LDMBertModel(LDMBertConfig(vocab_size=100, max_position_embeddings=77, pad_token_id=0, **sizes)),
+        tokenizer=tokenizer(tmp_path / "words"),
+        unet=families["stable-diffusion"](in_channels=4, out_channels=4),
+        scheduler=own_scheduler(),
+    )
+    pipe.save_pretrained(tmp_path / "ldm")
+    # It divides sizes by 8 whatever its VAE does.
+    asked = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "np"}
+    stock = quiet(LDMTextToImagePipeline.from_pretrained(tmp_path / "ldm"))
+    expected = stock([PROMPT], generator=generators(1), **asked).images
+    found = quiet(runtime.load_pipeline(tmp_path / "ldm"))([PROMPT], generator=generators(1), **asked).images
+    assert (found == expected).all()
+
+
 def test_a_latent_consistency_model_gets_its_strength_of_guidance(text_encoder: Any, tmp_path: Path) -> None:
     unet = UNet2DConditionModel(**SMALL, time_cond_proj_dim=16).eval()
     pipe = LatentConsistencyModelPipeline(
@@ -313,6 +335,7 @@ def test_what_is_no_pipeline_for_a_backend_is_refused(
     [
         ({"vae": ["evil", "AutoencoderKL"]}, "not of diffusers or transformers"),
         ({"vae": ["diffusers", "DDPMPipeline"]}, "not of diffusers or transformers"),
+        ({"vae": ["StableDiffusionPipeline", "AutoencoderKL"]}, "not of diffusers or transformers"),
         ({"tokenizer": ["transformers", "AutoTokenizer"]}, "not of diffusers or transformers"),
         ({"tokenizer": "transformers"}, "not of diffusers or transformers"),
         ({"_class_name": ["evil", "Pipeline"]}, "unknown pipeline"),
