@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -22,6 +23,7 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import runtime
@@ -29,6 +31,7 @@ from dpctl.errors import DpctlError
 from dpctl.models import load_model, write_pipeline
 from dpctl.pruned_unet import PrunedUNet2DConditionModel
 from dpctl.recipe import ExportRecipe
+from dpctl.sample import Wish, draw
 from export import export_model
 
 SCHEDULERS = {
@@ -370,3 +373,27 @@ def test_pickles_are_never_read_and_the_network_is_freed(
     with pytest.raises(DpctlError, match="cannot be loaded"):
         runtime.load_pipeline(directory)
     assert closed == [True]
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "latent"])
+def test_dpctl_sample_draws_with_the_pipeline(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    directory = request.getfixturevalue(kind)
+    text: Any = {"prompt": PROMPT, "guidance_scale": 4.0} if kind == "stable_diffusion" else {}
+    draw(str(directory), tmp_path / "out", Wish(count=3, num_inference_steps=2, batch_size=2, **text))
+    pipe = quiet(runtime.load_pipeline(directory))
+    alone = pipe(generator=generators(2), num_inference_steps=2, output_type="np", **text).images
+    difference = np.asarray(Image.open(tmp_path / "out/00002.png"), dtype=float) - 255 * alone[0]
+    assert abs(difference).max() < 0.51
+
+
+def test_dpctl_sample_asks_for_a_text_where_there_is_one(stable_diffusion: Path, latent: Path, tmp_path: Path) -> None:
+    for model, wish, message in (
+        (str(stable_diffusion), Wish(), "give --prompt TEXT"),
+        (str(latent), Wish(prompt=PROMPT), "takes no text"),
+        ("reference", Wish(prompt=PROMPT), "takes no text"),
+        (str(latent), Wish(guidance_scale=2.0), "give --prompt too"),
+        (str(stable_diffusion), Wish(prompt=PROMPT, num_inference_steps=2000), "the pipeline refuses this"),
+    ):
+        with pytest.raises(DpctlError, match=message):
+            draw(model, tmp_path / "out", wish)
+        assert not (tmp_path / "out").exists()
