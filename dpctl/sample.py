@@ -95,6 +95,7 @@ def _from_pipeline(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
     from runtime.pipeline import pipeline_class
 
     asked = _asked(pipeline_class(directory), wish)
+    _hide_progress()
     pipe = load_pipeline(directory, wish.backend, scheduler=wish.scheduler)
     pipe.set_progress_bar_config(disable=True)
     name = type(pipe).__name__
@@ -113,6 +114,17 @@ def _from_pipeline(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
         got = f"NaN or Inf after {wish.num_inference_steps} steps"
         raise DpctlError("the images are not finite", got, "use another scheduler or number of steps")
     return np.uint8((found * 255).round())
+
+
+def _hide_progress() -> None:
+    """Leave the terminal to our own progress bar."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _asked(kind: Any, wish: Wish) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def assemble(kind: Any, directory: Path, unet: DenoiserUNet) -> Any:
     """
     try:
         parts = kind.from_pretrained(
-            directory, unet=None, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+            directory, unet=None, use_safetensors=True, local_files_only=True, dtype=torch.float32
         )
         # Built again with the network: constructors read the size of images from its config.
         _, options = kind._get_signature_keys(parts)

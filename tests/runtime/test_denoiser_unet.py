@@ -1,5 +1,7 @@
 """What a pipeline calls in place of a UNet, over a denoiser that gives back the timestep."""
 
+import gc
+import weakref
 from typing import Any, Self
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from dpctl.errors import DpctlError
+from runtime.backends.eager import EagerDenoiser
 from runtime.pipeline import DenoiserUNet
 
 
@@ -67,3 +70,15 @@ def test_a_closed_network_is_free_and_says_so() -> None:
     assert denoiser.closed == 1
     with pytest.raises(DpctlError, match="closed"):
         unet(torch.zeros(1, 1, 8, 8), 1)
+
+
+def test_closing_frees_the_weights(make_unet: Any) -> None:
+    network = make_unet()
+    weights = weakref.ref(network.conv_in.weight)
+    unet = DenoiserUNet(EagerDenoiser(network))
+    del network
+    assert weights() is not None
+    unet.close()
+    gc.collect()
+    assert weights() is None
+    assert unet.config.in_channels == 1
