@@ -310,13 +310,15 @@ def sample(
     backend: Annotated[str, typer.Option(help="eager or ort; auto takes what the directory is made for.")] = "auto",
     batch_size: options.BatchSize = 16,
     seed: options.Seed = 0,
+    prompt: options.Prompt = None,
+    guidance_scale: options.GuidanceScale = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
-    """Draw images from any model or exported directory: a grid and one PNG each."""
+    """Draw images from any model or exported directory, or what a text says: a grid and one PNG each."""
     from dpctl import sample as sampling
 
-    wish = sampling.Wish(count, num_inference_steps, scheduler, backend, batch_size, seed)
+    wish = sampling.Wish(count, num_inference_steps, scheduler, backend, batch_size, seed, prompt, guidance_scale)
     _print(sampling.draw(model, out, wish, force=force, bar=progress.bar), json_)
 
 

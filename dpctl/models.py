@@ -19,6 +19,7 @@ from dpctl.artifact import MANIFEST, Manifest
 from dpctl.errors import DpctlError
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
+INDEX = "model_index.json"
 LOSSES = "losses.json"  # of every step of a training, beside what it trained
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -96,6 +97,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     if "_class_name" not in config:
         raise DpctlError("not a diffusers config", str(path), "give a directory saved by diffusers (save_pretrained)")
     return config
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """Return what `model_index.json` says of a pipeline directory; a DpctlError where there is none."""
+    path = directory / INDEX
+    if not path.is_file():
+        raise DpctlError("not a pipeline", f"{directory} has no {INDEX}", "give a diffusers pipeline directory")
+    return _read_object(path, "the pipeline's index")
 
 
 def load_scheduler(directory: Path) -> Any:
@@ -208,7 +217,7 @@ def write_index(directory: Path, *, unet: Any, scheduler: Any) -> None:
 
     if not (directory / "scheduler").is_dir():
         scheduler.save_pretrained(directory / "scheduler")
-    path = directory / "model_index.json"
+    path = directory / INDEX
     index: dict[str, Any] = {"_class_name": "DDPMPipeline"}
     if path.is_file():
         index = _read_object(path, "the pipeline's index")
@@ -222,7 +231,7 @@ def write_index(directory: Path, *, unet: Any, scheduler: Any) -> None:
 
 def copy_components(source: Path, target: Path) -> None:
     """Copy everything of a pipeline directory but the network, what dpctl wrote beside it, and hidden files."""
-    if not (source / "model_index.json").is_file():
+    if not (source / INDEX).is_file():
         return
     for path in sorted(source.iterdir()):
         if path.name in ("unet", MANIFEST, LOSSES) or path.name.startswith("."):

@@ -31,6 +31,15 @@ MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")]
 EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the exponential moving average of the weights.")]
 CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", help="What a text-conditional pipeline is to draw.", show_default=False)
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-scale", help="How strongly the prompt guides; default: the pipeline's.", show_default=False
+    ),
+]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
 
 Layout = Annotated[

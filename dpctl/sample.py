@@ -1,15 +1,17 @@
 """`dpctl sample`: images from any model or exported directory, as a grid and one PNG each."""
 
+import inspect
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpctl import artifact, progress
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
-from dpctl.models import load_scheduler, resolve
+from dpctl.models import INDEX, load_scheduler, read_index, resolve
 
 SAMPLES = "samples.json"
 
@@ -24,12 +26,15 @@ class Wish:
     backend: str = "auto"
     batch_size: int = 16
     seed: int = 0
+    prompt: str | None = None
+    guidance_scale: float | None = None
 
 
 def draw(model: str, out: Path, wish: Wish, *, force: bool = False, bar: progress.Bar = progress.no_bar) -> Report:
     """Draw `wish.count` images into `out`: grid.png, 00000.png, 00001.png, ... and samples.json, what was asked for.
 
-    Image i depends on (seed, i) alone, not on the batch size. Raises a DpctlError for an unusable model or output.
+    Image i depends on (seed, i) and the prompt alone, not on the batch size. Raises a DpctlError for an unusable model
+    or output.
     """
     if min(wish.count, wish.num_inference_steps, wish.batch_size) < 1:
         raise DpctlError("a count is below 1", str(asdict(wish)), "give 1 or more")
@@ -46,23 +51,96 @@ def draw(model: str, out: Path, wish: Wish, *, force: bool = False, bar: progres
 
 
 def sample_bytes(directory: Path, wish: Wish, bar: progress.Bar = progress.no_bar) -> Any:
-    """Draw images from a directory and return them as bytes [N, H, W, C]."""
+    """Draw images from a directory and return them as bytes [N, H, W, C].
+
+    A pipeline with a VAE makes its images itself; other networks sample through our own loop.
+    """
+    manifest = artifact.read_manifest(directory)
+    exported = manifest is not None and manifest.kind == "exported"
+    backend = ("ort" if exported else "eager") if wish.backend == "auto" else wish.backend
+    wish = replace(wish, backend=backend)
+    if wish.prompt is None and wish.guidance_scale is not None:
+        raise DpctlError("guidance is towards a text", f"--guidance-scale {wish.guidance_scale}", "give --prompt too")
+    if _has_decoder(directory):
+        return _from_pipeline(directory, wish, bar)
+    if wish.prompt is not None:
+        raise DpctlError("this model takes no text", str(directory), "leave --prompt out")
+    return _from_loop(directory, wish, bar)
+
+
+def _has_decoder(directory: Path) -> bool:
+    index = read_index(directory) if (directory / INDEX).is_file() else {}
+    return any((index.get(name) or [None])[0] for name in ("vae", "vqvae"))
+
+
+def _from_loop(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
     import torch
 
     from runtime import make_scheduler, open_denoiser, sample
 
-    manifest = artifact.read_manifest(directory)
-    exported = manifest is not None and manifest.kind == "exported"
-    backend = ("ort" if exported else "eager") if wish.backend == "auto" else wish.backend
     scheduler = make_scheduler(wish.scheduler, load_scheduler(directory).config)
     parts = []
-    with bar("sample", wish.count) as advance, open_denoiser(directory, backend) as denoiser:
-        for start in range(0, wish.count, wish.batch_size):
-            indices = range(start, min(start + wish.batch_size, wish.count))
+    with bar("sample", wish.count) as advance, open_denoiser(directory, wish.backend) as denoiser:
+        for indices in _batches(wish):
             steps = wish.num_inference_steps
             parts.append(sample(denoiser, scheduler, seed=wish.seed, indices=indices, num_inference_steps=steps))
             advance(len(indices))
     return to_bytes(torch.cat(parts))
+
+
+def _from_pipeline(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
+    import numpy as np
+
+    from runtime import image_generators, load_pipeline
+    from runtime.pipeline import pipeline_class
+
+    asked = _asked(pipeline_class(directory), wish)
+    _hide_progress()
+    pipe = load_pipeline(directory, wish.backend, scheduler=wish.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    name = type(pipe).__name__
+    parts = []
+    with pipe.unet, bar("sample", wish.count) as advance:
+        for indices in _batches(wish):
+            number = {"batch_size": len(indices)} if wish.prompt is None else {"prompt": [wish.prompt] * len(indices)}
+            try:
+                images = pipe(**asked, **number, generator=image_generators(wish.seed, indices)).images
+            except ValueError as problem:  # how diffusers tells of steps and sizes that it cannot take
+                raise DpctlError("the pipeline refuses this", f"{name}: {problem}", "change what it names") from None
+            parts.append(images)
+            advance(len(indices))
+    found = np.concatenate(parts)
+    if not np.isfinite(found).all():
+        got = f"NaN or Inf after {wish.num_inference_steps} steps"
+        raise DpctlError("the images are not finite", got, "use another scheduler or number of steps")
+    return np.uint8((found * 255).round())
+
+
+def _hide_progress() -> None:
+    """Leave the terminal to our own progress bar."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _asked(kind: Any, wish: Wish) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call that are the same for every batch."""
+    takes = inspect.signature(kind.__call__).parameters
+    if wish.prompt is None and "prompt" in takes:
+        raise DpctlError("this model draws what a text says", kind.__name__, "give --prompt TEXT")
+    if wish.prompt is not None and "prompt" not in takes:
+        raise DpctlError("this model takes no text", kind.__name__, "leave --prompt out")
+    asked: dict[str, Any] = {"num_inference_steps": wish.num_inference_steps, "output_type": "np"}
+    return asked | ({"guidance_scale": wish.guidance_scale} if wish.guidance_scale is not None else {})
+
+
+def _batches(wish: Wish) -> Iterator[range]:
+    for start in range(0, wish.count, wish.batch_size):
+        yield range(start, min(start + wish.batch_size, wish.count))
 
 
 def to_bytes(images: Any) -> Any:

@@ -1,15 +1,20 @@
 """Run a model or an exported directory: backends behind one protocol, and the sampling loop."""
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dpctl import registry
 from dpctl.errors import DpctlError
 from dpctl.models import resolve
 from runtime.denoiser import Denoiser
+from runtime.noise import image_generators
+from runtime.pipeline import DenoiserUNet, assemble, pipeline_class
 from runtime.sampler import sample
-from runtime.schedulers import make_scheduler
+from runtime.schedulers import check_scheduler, make_scheduler
 
-__all__ = ["BACKENDS", "Denoiser", "make_scheduler", "open_denoiser", "sample"]
+__all__ = ["BACKENDS", "Denoiser", "image_generators", "load_pipeline", "make_scheduler", "open_denoiser", "sample"]
 
 BACKENDS = "runtime.backends"
 
@@ -27,3 +32,37 @@ def open_denoiser(
     if threads is not None and threads < 1:
         raise DpctlError("the number of threads is below 1", str(threads), "give 1 or more")
     return module.open_denoiser(resolve(path), threads=threads, device=device)
+
+
+def load_pipeline(
+    path: str | Path,
+    backend: str = "eager",
+    *,
+    threads: int | None = None,
+    device: str | None = None,
+    scheduler: str | None = None,
+) -> Any:
+    """Return the diffusers pipeline of a directory with its `unet` running on a backend.
+
+    It is called as the stock one is: ``pipe(prompt, num_inference_steps=20, generator=...)``. Text encoders and VAE run
+    in torch, in float32, on the backend's device; `threads` holds for them too, and for the whole process. `scheduler`
+    (a name of `make_scheduler`) takes the place of the directory's own. ``pipe.unet.close()`` frees the network, as
+    does the end of ``with pipe.unet:``. Raises a DpctlError for what `open_denoiser` refuses, for a directory that is
+    no pipeline, and for unconditional ones, which `sample` serves.
+    """
+    directory = resolve(path)
+    kind = pipeline_class(directory)
+    if scheduler is not None:
+        check_scheduler(scheduler)
+    denoiser = open_denoiser(directory, backend, threads=threads, device=device)
+    unet = DenoiserUNet(denoiser.__enter__())
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        pipe = assemble(kind, directory, unet)
+        if scheduler is not None:
+            pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+    except BaseException:
+        unet.close()
+        raise
+    return pipe

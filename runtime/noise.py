@@ -19,3 +19,11 @@ def step_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     Their stream is not the one of `initial_noise`: the first step would add the very noise it started from.
     """
     return [sample_generator(seed, index, "steps") for index in indices]
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """Return one generator per image, as diffusers' pipelines take them: `generator=image_generators(seed, range(8))`.
+
+    A pipeline draws from them all that it needs, first noise and steps, so that image i is the same in every batch.
+    """
+    return [sample_generator(seed, index, "pipeline") for index in indices]

@@ -1,0 +1,186 @@
+"""A diffusers pipeline whose `unet` is a Denoiser: pipelines, schedulers and what users wrote for them work unchanged.
+
+The network runs on its backend. Tokenizers, text encoders, VAE and scheduler are those of the directory, in torch, in
+float32 and on the backend's device; the graphs that `dpctl export --components` writes are for use without torch.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dpctl.errors import DpctlError
+from dpctl.models import read_index
+from runtime.denoiser import Denoiser
+
+# Of `added_cond_kwargs`: what the signature names. `image_embeds` and the like belong to IP-Adapter.
+ADDED = ("text_embeds", "time_ids")
+LIBRARIES = ("diffusers", "transformers")
+UNLOADABLE = (
+    *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError),
+    SafetensorError,
+)
+
+
+class DenoiserUNet(nn.Module):
+    """What pipelines call and read of a UNet, over an open Denoiser, which it owns.
+
+    `close()` frees the denoiser, as does the end of ``with pipe.unet:``. It has no weights of its own: it stays on its
+    backend's device, and what would change the network (LoRA, IP-Adapter, another dtype) is refused.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.device, self.dtype, self._internal_dict = denoiser.device, denoiser.dtype, denoiser.config
+        self._denoiser: Denoiser | None = denoiser
+        # SDXL compares the width of its additional conditions with this one.
+        width = self.config.get("projection_class_embeddings_input_dim")
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    @property
+    def config(self) -> Any:
+        """The network's config; pipelines replace `_internal_dict` where they mend one of an early diffusers."""
+        return self._internal_dict
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Return the model output of `sample` [B, C, H, W] as diffusers' UNets do; `timestep` is one for all or [B].
+
+        Raises a DpctlError for inputs outside the signature, by their names.
+        """
+        added = dict(added_cond_kwargs or {})
+        named = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
+        named |= {"timestep_cond": timestep_cond, **{name: added.pop(name, None) for name in ADDED}}
+        self._refuse(others | {"cross_attention_kwargs": cross_attention_kwargs or None} | added)
+        if self._denoiser is None:
+            raise DpctlError("the network is closed", "a call after close()", "load the pipeline again")
+        # float32, never whole numbers: Euler's timesteps are fractional. [B]
+        steps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample)).contiguous()
+        conditions = {name: value for name, value in named.items() if value is not None}
+        output = self._denoiser(sample, steps, **conditions).to(sample.dtype)
+        return _output(output) if return_dict else (output,)
+
+    def _refuse(self, inputs: Mapping[str, Any]) -> None:
+        """Raise a DpctlError that names what is given of `inputs`."""
+        given = [name for name, value in inputs.items() if value is not None]
+        if given:
+            todo = "leave out what gives them (ControlNet, adapters), or use stock diffusers with the model directory"
+            raise DpctlError("the network has no such inputs", ", ".join(given), todo)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What .to(), .cuda(), .half() and the rest come down to.
+        here = torch.empty(0, dtype=self.dtype, device=self.device)
+        there = fn(here)
+        if (there.device, there.dtype) != (here.device, here.dtype):
+            got = f"{there.device}, {there.dtype}; it runs on {here.device}, {here.dtype}"
+            todo = "give device= to load_pipeline, or the precision to `dpctl export`"
+            raise DpctlError("the network stays where its backend runs it", got, todo)
+        return self
+
+    def load_lora_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse a LoRA: the network's weights are the backend's."""
+        raise _fixed("a LoRA")
+
+    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
+        raise _fixed("an IP-Adapter")
+
+    def close(self) -> None:
+        """Free what the denoiser holds; the rest of the pipeline stays. A second call does nothing."""
+        denoiser, self._denoiser = self._denoiser, None
+        if denoiser is not None:
+            denoiser.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _output(sample: Tensor) -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    return UNet2DConditionOutput(sample=sample)
+
+
+def _fixed(what: str) -> DpctlError:
+    todo = "put it into the model with stock diffusers (fuse it, save, export again), or use stock diffusers"
+    return DpctlError(f"{what} cannot be attached to a network on a backend", "a network without weights here", todo)
+
+
+def pipeline_class(directory: Path) -> Any:
+    """Return diffusers' class of a pipeline directory.
+
+    Raises a DpctlError for what is none, for unconditional pipelines without a VAE, which sample through our own loop,
+    and for components that need code other than diffusers' and transformers'.
+    """
+    import diffusers
+
+    index = read_index(directory)
+    kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    if getattr(kind, "_backends", None):  # what stands in for a class whose library is missing
+        todo = "pip install 'dpctl-diffusion[text]'"
+        raise DpctlError("this pipeline needs other libraries", f"{kind.__name__}: {kind._backends}", todo)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    if not known:
+        got = f"{index.get('_class_name')!r} in {directory}"
+        raise DpctlError("unknown pipeline", got, "bring one of diffusers' own; code in a directory is never run")
+    modules = set(kind._get_signature_keys(kind)[0])
+    if "unet" not in modules or kind._load_connected_pipes:
+        raise DpctlError("this pipeline cannot run on a backend", kind.__name__, "bring one with a UNet of its own")
+    if modules == {"unet", "scheduler"}:
+        todo = "use runtime.sample, or `dpctl sample`: they honour every scheduler, which this pipeline does not"
+        raise DpctlError("unconditional models sample through our own loop", f"{kind.__name__} in {directory}", todo)
+    for name in sorted(modules - {"unet"}):
+        _refuse_foreign(name, index.get(name), directory)
+    return kind
+
+
+def _refuse_foreign(name: str, entry: Any, directory: Path) -> None:
+    """Raise a DpctlError unless an entry of the index is absent or a class of diffusers or transformers."""
+    from diffusers import pipelines
+
+    if entry is None or entry == [None, None]:
+        return
+    named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+    known = named and (entry[0] in LIBRARIES or isinstance(getattr(pipelines, entry[0], None), ModuleType))
+    # transformers' Auto classes ask whether to run code that a config names; pipelines within one read what they like.
+    if not known or "Pipeline" in entry[1] or (entry[0] == "transformers" and entry[1].startswith("Auto")):
+        got = f"{name}: {entry} in {directory}"
+        raise DpctlError("a component is not of diffusers or transformers", got, "save the pipeline with their classes")
+
+
+def assemble(kind: Any, directory: Path, unet: DenoiserUNet) -> Any:
+    """Load the other components of a pipeline directory, on the network's device, and put the pipeline together.
+
+    Raises a DpctlError for components that are missing, damaged or not safetensors.
+    """
+    try:
+        parts = kind.from_pretrained(
+            directory, unet=None, use_safetensors=True, local_files_only=True, dtype=torch.float32
+        )
+        # Built again with the network: constructors read the size of images from its config.
+        _, options = kind._get_signature_keys(parts)
+        kept = {name: parts.config[name] for name in options if name in parts.config}
+        pipe = kind(**{**parts.components, "unet": unet}, **kept)
+    except UNLOADABLE as problem:
+        said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        todo = "install what it names, or save the pipeline again as safetensors"
+        raise DpctlError("the pipeline cannot be loaded", f"{directory}: {said}", todo) from None
+    pipe.register_to_config(_name_or_path=str(directory))
+    return pipe.to(unet.device)
