@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpctl import registry
-from dpctl.bench.metrics import Drawn, Figure, LeftOut, fid, kid, ssim
+from dpctl.bench.metrics import Drawn, Figure, LeftOut, fid, kid, psnr, ssim
 from dpctl.bench.metrics._features import FeatureSpace, Statistics
 from dpctl.bench.quality import METRICS, judge
 from dpctl.bench.result import difference
@@ -57,6 +57,25 @@ def test_ssim_of_constant_pictures_is_the_formula() -> None:
 def test_ssim_of_the_same_pictures_is_one() -> None:
     found = ssim.measure(Drawn(pictures(0), pictures(0)))
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+def test_psnr_is_the_mean_of_each_pictures_own() -> None:
+    one = np.zeros((2, 4, 4, 3), np.uint8)
+    other = one.copy()
+    other[0] += 5  # a mean squared error of 25
+    other[1, :2] += 20  # of 400 in half of the picture
+    expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 / 200)]
+    assert psnr.per_image(one, other) == pytest.approx(expected)
+    found = psnr.measure(Drawn(one, other))
+    assert found.value == pytest.approx(np.mean(expected))
+    assert (found.low, found.high) == pytest.approx((min(expected), max(expected)))  # of two: both, or one twice
+
+
+def test_psnr_of_the_same_pictures_is_finite_and_beaten_by_none() -> None:
+    other = pictures(0, size=32)
+    other[0, 0, 0, 0] ^= 1  # finer than what rounding to bytes does to a picture
+    found = psnr.measure(Drawn(pictures(0, size=32), other))
+    assert (found.value, found.low, found.high) == pytest.approx((58.922,) * 3, abs=1e-3)
 
 
 def test_fid_of_gaussians_is_the_formula() -> None:
@@ -132,12 +151,14 @@ def test_a_model_does_not_differ_from_itself(toy_space: FeatureSpace) -> None:
 
 def test_what_does_not_apply_is_left_out_with_its_reason(toy_space: FeatureSpace) -> None:
     figures, left_out = judge(Drawn(pictures(0, size=12), pictures(1, size=12), toy_space))
-    assert set(figures) == {"ssim"}
+    assert set(figures) == {"psnr", "ssim"}
     assert left_out["fid"] == left_out["kid"] == "the feature network takes 1x8x8 images, the model draws 1x12x12"
     figures, left_out = judge(Drawn(pictures(0), None, None))
     assert figures == {}
     assert "no feature network" in left_out["fid"]
-    assert "baseline" in left_out["ssim"]
+    assert "baseline" in left_out["ssim"] == left_out["psnr"]
+    figures, left_out = judge(Drawn(pictures(0), pictures(0, size=12)))
+    assert left_out["ssim"] == left_out["psnr"] == "the baseline draws (12, 12, 1), this model (8, 8, 1)"
 
 
 def test_kid_is_left_out_without_features_of_real_images(toy_space: FeatureSpace, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from dpctl.bench.compare import interval
+from dpctl.bench.compare import interval, resample_counts
 from dpctl.bench.metrics._features import FeatureSpace
 
 # One resample of FID is an eigenvalue problem; 400 place a 95 % interval well enough.
 RESAMPLES = 400
+SAME_NOISE = "the baseline, same noise"
 
 
 class LeftOut(Exception):
@@ -57,8 +58,24 @@ class Drawn:
             raise LeftOut(reason)
         return self.space.features(self.images)
 
+    @property
+    def pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """The images and the baseline's from the same noise; LeftOut where they cannot be compared one by one."""
+        if self.baseline is None:
+            raise LeftOut("there are no other pictures of the baseline to compare with")
+        if self.images.shape != self.baseline.shape:
+            raise LeftOut(f"the baseline draws {self.baseline.shape[1:]}, this model {self.images.shape[1:]}")
+        return self.images, self.baseline
+
 
 def figure(value: float, replicates: np.ndarray, *, count: int, against: str, better: str) -> Figure:
     """Make a Figure whose interval is the percentile interval of `replicates`."""
     low, high = interval(replicates)
     return Figure(float(value), low, high, count, against, better, tuple(float(r) for r in replicates))
+
+
+def mean_figure(values: np.ndarray, *, against: str, better: str) -> Figure:
+    """Make a Figure of the mean of one value per sample; its interval is the bootstrap's over samples."""
+    count = len(values)
+    replicates = resample_counts(count, RESAMPLES) @ values / count
+    return figure(values.mean(), replicates, count=count, against=against, better=better)
