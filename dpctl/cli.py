@@ -256,6 +256,8 @@ def bench(
     samples: Annotated[
         int, typer.Option(help="Images drawn per model to judge the quality; 0 leaves it out.")
     ] = BENCH.samples,
+    features: options.Features = BENCH.features,
+    real_images: options.RealImages = BENCH.real_images,
     threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
     seed: options.Seed = BENCH.seed,
     force: options.Force = False,
@@ -273,6 +275,8 @@ def bench(
         samples=samples,
         threads=threads,
         seed=seed,
+        features=features,
+        real_images=real_images,
     )
     from dpctl import chain
 

@@ -7,11 +7,32 @@ import numpy as np
 
 from dpctl import registry
 from dpctl.bench.metrics import Drawn, Figure, LeftOut
-from dpctl.bench.metrics._features import FeatureSpace
+from dpctl.bench.metrics._features import FeatureSpace, reference_space
+from dpctl.bench.metrics._real import open_space
 from dpctl.bench.result import Quality
-from dpctl.progress import Advance, silent
+from dpctl.errors import DpctlError
+from dpctl.progress import Advance, Bar, silent
+from dpctl.recipe import BenchRecipe
 
 METRICS = "dpctl.bench.metrics"
+
+
+def check(recipe: BenchRecipe) -> None:
+    """Raise a DpctlError for a feature network without real images, the reverse, or with nothing to judge."""
+    given = {"features": recipe.features, "real_images": recipe.real_images}
+    found = [name for name, value in given.items() if value is not None]
+    if len(found) == 1:
+        todo = "give --features and --real-images together, or neither for the embedded ones"
+        raise DpctlError("FID and KID need a network and the real images", f"{found[0]} alone", todo)
+    if found and recipe.samples == 0:
+        raise DpctlError("there would be nothing to judge", f"{', '.join(found)}, but 0 samples", "draw samples")
+
+
+def feature_space(recipe: BenchRecipe, shape: tuple[int, int, int], out: Path, bar: Bar) -> FeatureSpace | None:
+    """Return the feature network that judges pictures [C, H, W]: the recipe's, else the embedded one, if there."""
+    if recipe.features is None or recipe.real_images is None:
+        return reference_space()
+    return open_space(Path(recipe.features), recipe.real_images, shape, out, bar)
 
 
 def save_samples(path: Path, parts: Sequence[np.ndarray]) -> None:

@@ -56,7 +56,11 @@ class Drawn:
         reason = self.space.refuses(self.images)
         if reason:
             raise LeftOut(reason)
-        return self.space.features(self.images)
+        found = self.space.features(self.images)
+        broken = int((~np.isfinite(found).all(1)).sum())
+        if broken:
+            raise LeftOut(f"the feature network gives no finite features for {broken} of {len(found)} pictures")
+        return found
 
     @property
     def pair(self) -> tuple[np.ndarray, np.ndarray]:

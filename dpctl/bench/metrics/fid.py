@@ -7,6 +7,7 @@ import numpy as np
 
 from dpctl.bench.compare import resample_counts
 from dpctl.bench.metrics import RESAMPLES, Drawn, Figure, LeftOut, figure
+from dpctl.bench.metrics._features import Statistics
 
 BETTER = "lower"
 
@@ -28,7 +29,14 @@ def measure(drawn: Drawn) -> Figure:
     resampled = [moments(features, weights) for weights in resample_counts(count, RESAMPLES)]
     replicates = np.array([distance(real.mean, root, *pair) for pair in resampled])
     shifted = replicates - replicates.mean() + value
-    return figure(value, shifted, count=count, against=f"{real.count} real images", better=BETTER)
+    return figure(value, shifted, count=count, against=against(count, real), better=BETTER)
+
+
+def against(count: int, real: Statistics) -> str:
+    """Name the real images, and say where there are too few pictures for a covariance of full rank."""
+    fewest, features = min(count, real.count), len(real.mean)
+    thin = f"; {fewest} pictures cannot fill {features} features: mostly bias, only a difference counts"
+    return f"{real.count} real images{thin if fewest <= features else ''}"
 
 
 def moments(features: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
