@@ -258,6 +258,7 @@ def bench(
     ] = BENCH.samples,
     features: options.Features = BENCH.features,
     real_images: options.RealImages = BENCH.real_images,
+    clip: options.Clip = BENCH.clip,
     threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
     seed: options.Seed = BENCH.seed,
     force: options.Force = False,
@@ -277,6 +278,7 @@ def bench(
         seed=seed,
         features=features,
         real_images=real_images,
+        clip=clip,
     )
     from dpctl import chain
 

@@ -106,6 +106,14 @@ RealImages = Annotated[
         show_default=False,
     ),
 ]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        help="A directory with a CLIP model (safetensors) that scores pictures against their prompts.",
+        show_default=False,
+    ),
+]
 
 DynamicSize = Annotated[
     str | None,

@@ -153,6 +153,7 @@ class BenchRecipe:
 
     * `features`: an ONNX network for FID and KID; the embedded one without.
     * `real_images`: images that it compares with, or the `.npz` of statistics that an earlier run made of them.
+    * `clip`: a directory with the CLIP model that compares pictures and prompts.
     """
 
     baseline: str = "reference"
@@ -167,6 +168,7 @@ class BenchRecipe:
     threads: int | None = None
     features: str | None = None
     real_images: str | None = None
+    clip: str | None = None
 
 
 @dataclass(frozen=True)

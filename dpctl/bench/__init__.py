@@ -116,7 +116,7 @@ def run_bench(
             raise nothing_measured(runs)
         samples = draw_samples(runs, models, recipe, out, bar)
     with bar("judge", max(1, len(samples))) as advance:
-        judged = quality.assess(samples, out, models[0].name, space, advance)
+        judged = quality.assess(samples, out, models[0].name, space, clip=recipe.clip, advance=advance)
     result = BenchResult(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -36,16 +36,17 @@ def drawn(features: np.ndarray, real: np.ndarray) -> Drawn:
 
 
 @pytest.mark.parametrize("name", registry.names(METRICS))
-def test_a_metric_keeps_the_contract(name: str, toy_space: FeatureSpace) -> None:
+def test_a_metric_keeps_the_contract(name: str, toy_space: FeatureSpace, toy_clip: Path) -> None:
     module = registry.load(METRICS, name, "metric")
-    found = module.measure(Drawn(pictures(0), pictures(1), toy_space))
+    drawn = Drawn(pictures(0), pictures(1), toy_space, ("a cat", "a tab") * 20, toy_clip)
+    found = module.measure(drawn)
     assert isinstance(found, Figure)
     assert found.better == module.BETTER
     assert found.better in ("lower", "higher")
     assert found.low <= found.value <= found.high
     assert found.count == 40
     assert found.replicates
-    assert module.measure(Drawn(pictures(0), pictures(1), toy_space)) == found
+    assert module.measure(drawn) == found
 
 
 def test_ssim_of_constant_pictures_is_the_formula() -> None:
@@ -101,12 +102,34 @@ def test_fid_of_the_real_images_themselves_is_zero() -> None:
     assert fid.measure(drawn(real, real)).value == pytest.approx(0, abs=1e-9)
 
 
-def test_weighted_moments_are_those_of_repeated_samples() -> None:
-    rows, weights = np.random.default_rng(0).normal(size=(6, 3)), np.array([2, 0, 1, 1, 3, 0])
-    mean, covariance = fid.moments(rows, weights)
-    repeated = np.repeat(rows, weights, axis=0)
-    assert mean == pytest.approx(repeated.mean(0))
-    assert covariance == pytest.approx(np.cov(repeated, rowvar=False))
+@pytest.mark.parametrize("count", [40, 5])  # with five samples of six features the covariance is singular
+def test_contributions_to_the_fid_are_its_derivative(count: int) -> None:
+    generator = np.random.default_rng(0)
+    rows, real = generator.normal(0.3, 1.0, size=(count, 6)), generator.normal(size=(200, 6))
+    mean, root = real.mean(0), fid.matrix_root(np.cov(real, rowvar=False))
+    direction = generator.normal(size=count)
+    direction -= direction.mean()
+
+    def weighted(step: float) -> float:
+        weights = 1 + step * direction
+        own = weights @ rows / count
+        return fid.distance(mean, root, own, (rows - own).T @ ((rows - own) * weights[:, None]) / (count - 1))
+
+    assert weighted(0) == pytest.approx(fid.distance(mean, root, *fid.moments(rows)))
+    slope = (weighted(1e-3) - weighted(-1e-3)) / 2e-3
+    found = fid.contributions(rows, mean, root)
+    assert found @ direction / count == pytest.approx(slope, rel=1e-3)
+    assert found.mean() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [100, 10])
+def test_fids_interval_is_about_as_wide_as_its_error(count: int) -> None:
+    generator = np.random.default_rng(0)
+    real = generator.normal(size=(4000, 16))
+    found = [fid.measure(drawn(generator.normal(0.3, 1.0, size=(count, 16)), real)) for _ in range(150)]
+    scatter = np.std([figure.value for figure in found])
+    widths = np.mean([figure.high - figure.low for figure in found])
+    assert 0.8 < widths / (2 * 1.96 * scatter) < 1.4
 
 
 def test_kid_is_the_mean_over_all_pairs() -> None:
@@ -147,6 +170,15 @@ def test_a_model_does_not_differ_from_itself(toy_space: FeatureSpace) -> None:
     assert apart is not None
     assert (apart.value, apart.low, apart.high) == (0, 0, 0)
     assert difference(found, dataclasses.replace(found, count=39)) is None
+
+
+def test_a_model_that_draws_one_picture_over_and_over_has_finite_figures(toy_space: FeatureSpace) -> None:
+    same = pictures(0, count=1).repeat(40, axis=0)
+    figures, _ = judge(Drawn(same, same, toy_space))
+    assert set(figures) == {"fid", "kid", "psnr", "ssim"}
+    for found in figures.values():
+        assert np.isfinite([found.value, found.low, found.high, *found.replicates]).all()
+        assert found.low == pytest.approx(found.high)
 
 
 def test_what_does_not_apply_is_left_out_with_its_reason(toy_space: FeatureSpace) -> None:

@@ -6,13 +6,14 @@ where the metric says nothing about these images.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from dpctl.bench.compare import interval, resample_counts
 from dpctl.bench.metrics._features import FeatureSpace
 
-# One resample of FID is an eigenvalue problem; 400 place a 95 % interval well enough.
+# They place a 95 % interval well enough, and stand in bench.json one by one.
 RESAMPLES = 400
 SAME_NOISE = "the baseline, same noise"
 
@@ -41,12 +42,15 @@ class Figure:
 class Drawn:
     """Pictures of one model and of the baseline from the same noise: bytes [N, H, W, C], row i from (seed, i).
 
-    `baseline` is None where the model is the baseline itself, or where the baseline's pictures are missing.
+    `baseline` is None where the model is the baseline itself, or where the baseline's pictures are missing; `prompts`
+    where the model takes none, else prompt i is picture i's. `clip` is the directory of a CLIP model to compare both.
     """
 
     images: np.ndarray
     baseline: np.ndarray | None
     space: FeatureSpace | None = None
+    prompts: tuple[str, ...] | None = None
+    clip: Path | None = None
 
     @cached_property
     def features(self) -> np.ndarray:
