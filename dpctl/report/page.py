@@ -122,7 +122,7 @@ def _share(value: int, whole: int, text: Any) -> str:
 
 def quality(result: BenchResult) -> Table:
     """Return the table of quality: one line per model and number of steps."""
-    names = sorted({name for found in result.quality for name in (*found.figures, *found.left_out)})
+    names = sorted({name for found in result.quality for name in found.figures})
     rows = tuple(
         (
             *(found.model, found.backend, str(found.num_inference_steps)),
@@ -143,7 +143,7 @@ def quality(result: BenchResult) -> Table:
         }
     )
     headings = ("model", "backend", "steps", *(n.upper() for n in names))
-    return Table("Quality", headings, rows, ". ".join([note, *reasons]) if rows else "", marks)
+    return Table("Quality", headings, rows, ". ".join(filter(None, [note, *reasons])), marks)
 
 
 def interval(found: Figure) -> str:

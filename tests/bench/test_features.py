@@ -1,6 +1,8 @@
 """Feature networks by path: against torchmetrics over the same network in torch, and what is refused."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,7 @@ def test_the_report_names_network_features_resizing_and_images(network: Network,
     said = open_space(network(), archive, SHAPE, tmp_path).description
     expected = "the network net.onnx (6 features of pictures in [-1, 1], resized to 12x10, bicubic with antialiasing)"
     assert said["about"] == f"{expected}; against 60 images of {archive}"
-    assert said["real_images"] == 60
+    assert (said["real_images"], said["dimensions"]) == (60, FEATURES)
     own = network(properties={ABOUT: "some features, version 3"})
     again = open_space(own, archive, SHAPE, tmp_path).description
     assert again["about"].startswith("some features, version 3 (6 features")
@@ -279,3 +281,30 @@ def test_a_benchmark_uses_the_network_of_its_recipe(network: Network, tiny: Path
 def test_half_of_the_options_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(DpctlError, match=said):
         bench.run_bench(BenchRecipe(baseline="/nowhere", **given), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--features", "net.onnx"], "features alone"),
+        (["--real-images", "reference"], "real_images alone"),
+        (["--features", "net.onnx", "--real-images", "reference"], "net.onnx"),
+        (["--clip", "/nowhere"], "/nowhere: no config.json"),
+    ],
+)
+def test_the_options_arrive(options: list[str], said: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dpctl",
+        "bench",
+        "reference",
+        "reference",
+        *options,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"got: {said}" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -170,6 +170,7 @@ class FeatureSpace:
             "about": self.about,
             "network": self.network.name,
             "network_sha256": self.digest,
+            "dimensions": len(self.statistics.mean),
             "real_images": self.statistics.count,
         }
 
