@@ -256,6 +256,9 @@ def bench(
     samples: Annotated[
         int, typer.Option(help="Images drawn per model to judge the quality; 0 leaves it out.")
     ] = BENCH.samples,
+    features: options.Features = BENCH.features,
+    real_images: options.RealImages = BENCH.real_images,
+    clip: options.Clip = BENCH.clip,
     threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
     seed: options.Seed = BENCH.seed,
     force: options.Force = False,
@@ -273,6 +276,9 @@ def bench(
         samples=samples,
         threads=threads,
         seed=seed,
+        features=features,
+        real_images=real_images,
+        clip=clip,
     )
     from dpctl import chain
 

@@ -99,6 +99,31 @@ Compensate = Annotated[
     ),
 ]
 
+Features = Annotated[
+    str | None,
+    typer.Option(
+        "--features",
+        help="An ONNX network, images in [-1, 1] to features, for FID and KID; see docs/quality.md.",
+        show_default=False,
+    ),
+]
+RealImages = Annotated[
+    str | None,
+    typer.Option(
+        "--real-images",
+        help="What --features compares with: images as for --data, or the statistics.npz that an earlier run wrote.",
+        show_default=False,
+    ),
+]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        help="A directory with a CLIP model (safetensors) that scores pictures against their prompts.",
+        show_default=False,
+    ),
+]
+
 DynamicSize = Annotated[
     str | None,
     typer.Option(

@@ -149,7 +149,12 @@ class ExportRecipe:
 
 @dataclass(frozen=True)
 class BenchRecipe:
-    """`dpctl bench`: what is measured, how often, and with how many samples the quality is judged."""
+    """`dpctl bench`: what is measured, how often, and with how many samples the quality is judged.
+
+    * `features`: an ONNX network for FID and KID; the embedded one without.
+    * `real_images`: images that it compares with, or the `.npz` of statistics that an earlier run made of them.
+    * `clip`: a directory with the CLIP model that compares pictures and prompts.
+    """
 
     baseline: str = "reference"
     candidates: tuple[str, ...] = ()
@@ -161,6 +166,9 @@ class BenchRecipe:
     samples: int = 256
     seed: int = 0
     threads: int | None = None
+    features: str | None = None
+    real_images: str | None = None
+    clip: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpctl import environment, progress, registry
 from dpctl.bench import quality, stability, subjects
-from dpctl.bench.metrics._features import FeatureSpace, reference_space
+from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.process import QUIET, Worker
 from dpctl.bench.result import EAGER, SCHEMA_VERSION, BenchResult, Condition, Memory, Model, Subject, Turn, write_result
 from dpctl.errors import DpctlError
@@ -98,16 +98,16 @@ def run_bench(
     """Measure the recipe's candidates against its baseline; write bench.json and samples/ into `out`.
 
     `exported` are exported directories that may serve an engine backend; a model without one is exported into the
-    user's cache. `space` (default: the embedded one) holds the features of FID and KID. A subject whose process dies is
-    named in the result and the others are kept. Raises a DpctlError for unusable models or numbers, and where nothing
-    of the baseline could be measured.
+    user's cache. `space` (default: the recipe's, else the embedded one) holds the features of FID and KID. A subject
+    whose process dies is named in the result and the others are kept. Raises a DpctlError for unusable models or
+    numbers, and where nothing of the baseline could be measured.
     """
     check(recipe)
     models = subjects.describe(recipe)
     subjects.require_one_shape(models)
     threads = recipe.threads or default_threads()
+    space = space or quality.feature_space(recipe, subjects.shape(models[0]), out, bar)
     entries = subjects.prepare(recipe, models, exported, bar)
-    space = space or reference_space()
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         runs = [Run(entry, threads, stack) for entry in entries]
@@ -116,7 +116,7 @@ def run_bench(
             raise nothing_measured(runs)
         samples = draw_samples(runs, models, recipe, out, bar)
     with bar("judge", max(1, len(samples))) as advance:
-        judged = quality.assess(samples, out, models[0].name, space, advance)
+        judged = quality.assess(samples, out, models[0].name, space, clip=recipe.clip, advance=advance)
     result = BenchResult(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,6 +155,7 @@ def check(recipe: BenchRecipe) -> None:
             f"threads {recipe.threads}, samples {recipe.samples}",
             "give 1 or more (samples: 0 leaves the quality out)",
         )
+    quality.check(recipe)
 
 
 def measure(runs: Sequence[Run], recipe: BenchRecipe, threads: int, bar: progress.Bar) -> dict[str, Any]:

@@ -6,12 +6,36 @@ from pathlib import Path
 import numpy as np
 
 from dpctl import registry
-from dpctl.bench.metrics import Drawn, Figure, LeftOut
-from dpctl.bench.metrics._features import FeatureSpace
+from dpctl.bench.metrics import Drawn, Figure, LeftOut, clip_score
+from dpctl.bench.metrics._features import FeatureSpace, reference_space
+from dpctl.bench.metrics._real import open_space
 from dpctl.bench.result import Quality
-from dpctl.progress import Advance, silent
+from dpctl.errors import DpctlError
+from dpctl.progress import Advance, Bar, silent
+from dpctl.recipe import BenchRecipe
 
 METRICS = "dpctl.bench.metrics"
+
+
+def check(recipe: BenchRecipe) -> None:
+    """Raise a DpctlError for a feature network without real images, the reverse, or with nothing to judge."""
+    given = {"features": recipe.features, "real_images": recipe.real_images}
+    found = [name for name, value in given.items() if value is not None]
+    if len(found) == 1:
+        todo = "give --features and --real-images together, or neither for the embedded ones"
+        raise DpctlError("FID and KID need a network and the real images", f"{found[0]} alone", todo)
+    found += ["clip"] if recipe.clip is not None else []
+    if found and recipe.samples == 0:
+        raise DpctlError("there would be nothing to judge", f"{', '.join(found)}, but 0 samples", "draw samples")
+    if recipe.clip is not None:
+        clip_score.load(Path(recipe.clip))  # a damaged one is named before anything is measured
+
+
+def feature_space(recipe: BenchRecipe, shape: tuple[int, int, int], out: Path, bar: Bar) -> FeatureSpace | None:
+    """Return the feature network that judges pictures [C, H, W]: the recipe's, else the embedded one, if there."""
+    if recipe.features is None or recipe.real_images is None:
+        return reference_space()
+    return open_space(Path(recipe.features), recipe.real_images, shape, out, bar)
 
 
 def save_samples(path: Path, parts: Sequence[np.ndarray]) -> None:
@@ -43,14 +67,22 @@ def assess(
     out: Path,
     baseline: str,
     space: FeatureSpace | None,
+    *,
+    prompts: tuple[str, ...] | None = None,
+    clip: str | None = None,
     advance: Advance = silent,
 ) -> tuple[Quality, ...]:
-    """Judge every (model, backend, steps, file below `out`) against the baseline's samples of the same steps."""
+    """Judge every (model, backend, steps, file below `out`) against the baseline's samples of the same steps.
+
+    Prompt i is that of picture i of every model; `clip` is the directory of the CLIP model that compares the two.
+    """
     images = {(model, steps): load_samples(out / file) for model, _, steps, file in samples}
     found = []
     for model, backend, steps, file in samples:
         theirs = None if model == baseline else images.get((baseline, steps))
-        figures, left_out = judge(Drawn(images[model, steps], theirs, space))
+        figures, left_out = judge(
+            Drawn(images[model, steps], theirs, space, prompts, None if clip is None else Path(clip))
+        )
         found.append(Quality(model, backend, steps, file, figures, left_out))
         advance(1, model=model)
     return tuple(found)

@@ -188,19 +188,21 @@ def largest_batch(entry: Entry, count: int) -> int:
     return int(min(high, DRAWN_TOGETHER, count))
 
 
-def require_one_shape(models: Sequence[Model]) -> None:
-    """Raise a DpctlError for candidates that draw other shapes than the baseline."""
+def shape(model: Model) -> tuple[int, int, int]:
+    """Return channels, height and width of the pictures that a model draws."""
     from dpctl.models import read_config
 
-    def shape(model: Model) -> list[int]:
-        config = read_config(resolve(model.source))
-        config = config.get("base_config", config)
-        size = config.get("sample_size")
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return [config.get("out_channels"), height, width]
+    config = read_config(resolve(model.source))
+    config = config.get("base_config", config)
+    size = config.get("sample_size")
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return config.get("out_channels"), height, width
 
+
+def require_one_shape(models: Sequence[Model]) -> None:
+    """Raise a DpctlError for candidates that draw other shapes than the baseline."""
     wanted = shape(models[0])
     for model in models[1:]:
         if shape(model) != wanted:
-            got = f"{model.source} draws {shape(model)}, the baseline {wanted} (channels, height, width)"
+            got = f"{model.source} draws {[*shape(model)]}, the baseline {[*wanted]} (channels, height, width)"
             raise DpctlError("a candidate draws other pictures than the baseline", got, "compare models of one size")

@@ -122,7 +122,7 @@ def _share(value: int, whole: int, text: Any) -> str:
 
 def quality(result: BenchResult) -> Table:
     """Return the table of quality: one line per model and number of steps."""
-    names = sorted({name for found in result.quality for name in (*found.figures, *found.left_out)})
+    names = sorted({name for found in result.quality for name in found.figures})
     rows = tuple(
         (
             *(found.model, found.backend, str(found.num_inference_steps)),
@@ -143,7 +143,7 @@ def quality(result: BenchResult) -> Table:
         }
     )
     headings = ("model", "backend", "steps", *(n.upper() for n in names))
-    return Table("Quality", headings, rows, ". ".join([note, *reasons]) if rows else "", marks)
+    return Table("Quality", headings, rows, ". ".join(filter(None, [note, *reasons])), marks)
 
 
 def interval(found: Figure) -> str:
@@ -264,10 +264,12 @@ def labels(result: BenchResult) -> list[str]:
         found.append(f"quality rests on {count} samples per model{few}")
         backends = sorted({q.backend for q in result.quality})
         found.append(f"samples were drawn on one backend per model ({', '.join(backends)}){_parity(result)}")
+    notes = {(n, f.against.partition("; ")[2]) for q in result.quality for n, f in q.figures.items()}
+    found += [f"{name}: {note}" for name, note in sorted(notes) if note]
     if result.features:
         found.append(
-            f"FID and KID use the features of a network of their own, not Inception's ({result.features['about']}): "
-            "they compare the models here, and nothing published elsewhere"
+            f"FID and KID use these features: {result.features['about']}; they compare the models here, and what is "
+            "published only where network, resizing, real images and sample count are the same"
         )
     return found
 

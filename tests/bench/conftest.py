@@ -99,3 +99,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bench") / "tiny"
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def toy_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as transformers saves it: random weights, a tokenizer of single letters, 16x16 pictures."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    directory = tmp_path_factory.mktemp("models") / "toy-clip"
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}{end}" for letter in "abct" for end in ("", "</w>"))]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=narrow
+                | {"vocab_size": len(words), "max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 1},
+                vision_config=narrow | {"image_size": 16, "patch_size": 8},
+                projection_dim=8,
+            )
+        )
+    model.save_pretrained(directory)
+    CLIPProcessor(images, tokenizer).save_pretrained(directory)
+    return directory

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpctl import registry
-from dpctl.bench.metrics import Drawn, Figure, LeftOut, fid, kid, ssim
+from dpctl.bench.metrics import Drawn, Figure, LeftOut, fid, kid, psnr, ssim
 from dpctl.bench.metrics._features import FeatureSpace, Statistics
 from dpctl.bench.quality import METRICS, judge
 from dpctl.bench.result import difference
@@ -36,16 +36,17 @@ def drawn(features: np.ndarray, real: np.ndarray) -> Drawn:
 
 
 @pytest.mark.parametrize("name", registry.names(METRICS))
-def test_a_metric_keeps_the_contract(name: str, toy_space: FeatureSpace) -> None:
+def test_a_metric_keeps_the_contract(name: str, toy_space: FeatureSpace, toy_clip: Path) -> None:
     module = registry.load(METRICS, name, "metric")
-    found = module.measure(Drawn(pictures(0), pictures(1), toy_space))
+    drawn = Drawn(pictures(0), pictures(1), toy_space, ("a cat", "a tab") * 20, toy_clip)
+    found = module.measure(drawn)
     assert isinstance(found, Figure)
     assert found.better == module.BETTER
     assert found.better in ("lower", "higher")
     assert found.low <= found.value <= found.high
     assert found.count == 40
     assert found.replicates
-    assert module.measure(Drawn(pictures(0), pictures(1), toy_space)) == found
+    assert module.measure(drawn) == found
 
 
 def test_ssim_of_constant_pictures_is_the_formula() -> None:
@@ -57,6 +58,25 @@ def test_ssim_of_constant_pictures_is_the_formula() -> None:
 def test_ssim_of_the_same_pictures_is_one() -> None:
     found = ssim.measure(Drawn(pictures(0), pictures(0)))
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+def test_psnr_is_the_mean_of_each_pictures_own() -> None:
+    one = np.zeros((2, 4, 4, 3), np.uint8)
+    other = one.copy()
+    other[0] += 5  # a mean squared error of 25
+    other[1, :2] += 20  # of 400 in half of the picture
+    expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 / 200)]
+    assert psnr.per_image(one, other) == pytest.approx(expected)
+    found = psnr.measure(Drawn(one, other))
+    assert found.value == pytest.approx(np.mean(expected))
+    assert (found.low, found.high) == pytest.approx((min(expected), max(expected)))  # of two: both, or one twice
+
+
+def test_psnr_of_the_same_pictures_is_finite_and_beaten_by_none() -> None:
+    other = pictures(0, size=32)
+    other[0, 0, 0, 0] ^= 1  # finer than what rounding to bytes does to a picture
+    found = psnr.measure(Drawn(pictures(0, size=32), other))
+    assert (found.value, found.low, found.high) == pytest.approx((58.922,) * 3, abs=1e-3)
 
 
 def test_fid_of_gaussians_is_the_formula() -> None:
@@ -82,12 +102,34 @@ def test_fid_of_the_real_images_themselves_is_zero() -> None:
     assert fid.measure(drawn(real, real)).value == pytest.approx(0, abs=1e-9)
 
 
-def test_weighted_moments_are_those_of_repeated_samples() -> None:
-    rows, weights = np.random.default_rng(0).normal(size=(6, 3)), np.array([2, 0, 1, 1, 3, 0])
-    mean, covariance = fid.moments(rows, weights)
-    repeated = np.repeat(rows, weights, axis=0)
-    assert mean == pytest.approx(repeated.mean(0))
-    assert covariance == pytest.approx(np.cov(repeated, rowvar=False))
+@pytest.mark.parametrize("count", [40, 5])  # with five samples of six features the covariance is singular
+def test_contributions_to_the_fid_are_its_derivative(count: int) -> None:
+    generator = np.random.default_rng(0)
+    rows, real = generator.normal(0.3, 1.0, size=(count, 6)), generator.normal(size=(200, 6))
+    mean, root = real.mean(0), fid.matrix_root(np.cov(real, rowvar=False))
+    direction = generator.normal(size=count)
+    direction -= direction.mean()
+
+    def weighted(step: float) -> float:
+        weights = 1 + step * direction
+        own = weights @ rows / count
+        return fid.distance(mean, root, own, (rows - own).T @ ((rows - own) * weights[:, None]) / (count - 1))
+
+    assert weighted(0) == pytest.approx(fid.distance(mean, root, *fid.moments(rows)))
+    slope = (weighted(1e-3) - weighted(-1e-3)) / 2e-3
+    found = fid.contributions(rows, mean, root)
+    assert found @ direction / count == pytest.approx(slope, rel=1e-3)
+    assert found.mean() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [100, 10])
+def test_fids_interval_is_about_as_wide_as_its_error(count: int) -> None:
+    generator = np.random.default_rng(0)
+    real = generator.normal(size=(4000, 16))
+    found = [fid.measure(drawn(generator.normal(0.3, 1.0, size=(count, 16)), real)) for _ in range(150)]
+    scatter = np.std([figure.value for figure in found])
+    widths = np.mean([figure.high - figure.low for figure in found])
+    assert 0.8 < widths / (2 * 1.96 * scatter) < 1.4
 
 
 def test_kid_is_the_mean_over_all_pairs() -> None:
@@ -130,14 +172,25 @@ def test_a_model_does_not_differ_from_itself(toy_space: FeatureSpace) -> None:
     assert difference(found, dataclasses.replace(found, count=39)) is None
 
 
+def test_a_model_that_draws_one_picture_over_and_over_has_finite_figures(toy_space: FeatureSpace) -> None:
+    same = pictures(0, count=1).repeat(40, axis=0)
+    figures, _ = judge(Drawn(same, same, toy_space))
+    assert set(figures) == {"fid", "kid", "psnr", "ssim"}
+    for found in figures.values():
+        assert np.isfinite([found.value, found.low, found.high, *found.replicates]).all()
+        assert found.low == pytest.approx(found.high)
+
+
 def test_what_does_not_apply_is_left_out_with_its_reason(toy_space: FeatureSpace) -> None:
     figures, left_out = judge(Drawn(pictures(0, size=12), pictures(1, size=12), toy_space))
-    assert set(figures) == {"ssim"}
+    assert set(figures) == {"psnr", "ssim"}
     assert left_out["fid"] == left_out["kid"] == "the feature network takes 1x8x8 images, the model draws 1x12x12"
     figures, left_out = judge(Drawn(pictures(0), None, None))
     assert figures == {}
     assert "no feature network" in left_out["fid"]
-    assert "baseline" in left_out["ssim"]
+    assert "baseline" in left_out["ssim"] == left_out["psnr"]
+    figures, left_out = judge(Drawn(pictures(0), pictures(0, size=12)))
+    assert left_out["ssim"] == left_out["psnr"] == "the baseline draws (12, 12, 1), this model (8, 8, 1)"
 
 
 def test_kid_is_left_out_without_features_of_real_images(toy_space: FeatureSpace, tmp_path: Path) -> None:

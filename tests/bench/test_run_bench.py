@@ -92,8 +92,9 @@ def test_the_same_network_draws_the_same_pictures(result: BenchResult, out: Path
     assert load_samples(out / one.samples).shape == (5, 8, 8, 1)
     assert (one.backend, other.backend) == ("ort", "ort")
     assert other.figures["ssim"].value == pytest.approx(1)
+    assert other.figures["psnr"].value == pytest.approx(58.9, abs=0.1)
     assert one.figures["fid"] == other.figures["fid"]
-    assert one.left_out.keys() == {"ssim"}
+    assert one.left_out.keys() == {"clip-score", "psnr", "ssim"}
     assert result.features is not None
     assert result.features["about"].startswith("a toy")
 
@@ -161,6 +162,7 @@ def test_an_interrupt_ends_every_process(tiny: Path, tmp_path: Path, monkeypatch
         ({"batch_sizes": (0,)}, "too small"),
         ({"rounds": 0}, "too small"),
         ({"samples": -1}, "too small"),
+        ({"clip": "/nowhere"}, "no CLIP model"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(

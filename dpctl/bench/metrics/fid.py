@@ -7,15 +7,18 @@ import numpy as np
 
 from dpctl.bench.compare import resample_counts
 from dpctl.bench.metrics import RESAMPLES, Drawn, Figure, LeftOut, figure
+from dpctl.bench.metrics._features import Statistics
 
 BETTER = "lower"
+# Eigenvalues below this part of the largest are rounding.
+RANK = 1e-10
 
 
 def measure(drawn: Drawn) -> Figure:
-    """Return the FID; its interval is that of the FID at this sample count.
+    """Return the FID at this sample count; its interval is a bootstrap over samples of the FID's first-order term.
 
-    A bootstrap resample repeats samples, which raises the FID by about the bias that it already has. The replicates
-    are therefore shifted to have the FID itself as their mean.
+    Recomputing the FID of every resample costs hours at 2048 features, and gives intervals up to twice as wide as the
+    FID's own scatter: a resample repeats samples, and the bias of fewer samples scatters too.
     """
     features = drawn.features
     if len(features) < 2:
@@ -24,19 +27,38 @@ def measure(drawn: Drawn) -> Figure:
     real = drawn.space.statistics
     root = matrix_root(real.covariance)
     count = len(features)
-    value = distance(real.mean, root, *moments(features, np.ones(count)))
-    resampled = [moments(features, weights) for weights in resample_counts(count, RESAMPLES)]
-    replicates = np.array([distance(real.mean, root, *pair) for pair in resampled])
-    shifted = replicates - replicates.mean() + value
-    return figure(value, shifted, count=count, against=f"{real.count} real images", better=BETTER)
+    value = distance(real.mean, root, *moments(features))
+    replicates = value + resample_counts(count, RESAMPLES) @ contributions(features, real.mean, root) / count
+    return figure(value, replicates, count=count, against=against(count, real), better=BETTER)
 
 
-def moments(features: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean [D] and covariance [D, D] of features [N, D], each taken weights[i] times."""
-    total = weights.sum()
-    mean = weights @ features / total
+def against(count: int, real: Statistics) -> str:
+    """Name the real images, and say where there are too few pictures for a covariance of full rank."""
+    fewest, features = min(count, real.count), len(real.mean)
+    thin = f"; {fewest} pictures cannot fill {features} features: mostly bias, only a difference counts"
+    return f"{real.count} real images{thin if fewest <= features else ''}"
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean [D] and covariance [D, D] of features [N, D]."""
+    mean = features.mean(0)
     centred = features - mean
-    return mean, (centred * weights[:, None]).T @ centred / (total - 1)
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def contributions(features: np.ndarray, mean: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """Return each sample's influence on the FID, [N], of mean 0: its derivative by the sample's weight, times N.
+
+    The derivative of tr (R C' R)^(1/2) by C' is half of G = R (R C' R)^(-1/2) R, on the range of R C' R.
+    """
+    own_mean, covariance = moments(features)
+    values, vectors = np.linalg.eigh(root @ covariance @ root)
+    within = values > values.max() * RANK
+    half = root @ (vectors[:, within] * values[within] ** -0.25)  # half half^T = G
+    centred = features - own_mean
+    spread = np.square(centred).sum(1) - np.square(centred @ half).sum(1)
+    found = 2 * centred @ (own_mean - mean) + spread * len(features) / (len(features) - 1)
+    return found - found.mean()
 
 
 def matrix_root(covariance: np.ndarray) -> np.ndarray:

@@ -5,8 +5,7 @@ Wang et al. 2004: Gaussian window of 11 pixels and sigma 1.5; pictures are bytes
 
 import numpy as np
 
-from dpctl.bench.compare import resample_counts
-from dpctl.bench.metrics import RESAMPLES, Drawn, Figure, LeftOut, figure
+from dpctl.bench.metrics import SAME_NOISE, Drawn, Figure, LeftOut, mean_figure
 
 BETTER = "higher"
 WINDOW = 11
@@ -15,16 +14,10 @@ BATCH = 256
 
 def measure(drawn: Drawn) -> Figure:
     """Return the mean over samples; its interval is the bootstrap's over samples."""
-    if drawn.baseline is None:
-        raise LeftOut("there are no other pictures of the baseline to compare with")
-    if drawn.images.shape != drawn.baseline.shape:
-        raise LeftOut(f"the baseline draws {drawn.baseline.shape[1:]}, this model {drawn.images.shape[1:]}")
-    if min(drawn.images.shape[1:3]) <= WINDOW // 2:
+    images, baseline = drawn.pair
+    if min(images.shape[1:3]) <= WINDOW // 2:
         raise LeftOut(f"the pictures are smaller than half of SSIM's window of {WINDOW} pixels")
-    similarity = per_image(drawn.images, drawn.baseline)
-    count = len(similarity)
-    replicates = resample_counts(count, RESAMPLES) @ similarity / count
-    return figure(similarity.mean(), replicates, count=count, against="the baseline, same noise", better=BETTER)
+    return mean_figure(per_image(images, baseline), against=SAME_NOISE, better=BETTER)
 
 
 def per_image(images: np.ndarray, baseline: np.ndarray) -> np.ndarray:
