@@ -14,7 +14,13 @@ R = TypeVar("R")
 ModelArgument = Annotated[
     str, typer.Argument(help="A model directory, a Hub id, or the word reference.", show_default=False)
 ]
+RecipeArgument = Annotated[
+    Path | None, typer.Argument(help="A TOML recipe; the reference model without one.", show_default=False)
+]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
+EngineOut = Annotated[
+    Path | None, typer.Option("--out", help="The directory to write; the engine's own without.", show_default=False)
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 DryRun = Annotated[
@@ -31,6 +37,12 @@ MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")]
 EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the exponential moving average of the weights.")]
 CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
+MaxRegression = Annotated[
+    float | None,
+    typer.Option(
+        "--max-regression", help="Fraction that a figure may become worse by, else exit 3.", show_default=False
+    ),
+]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
 
 Layout = Annotated[
