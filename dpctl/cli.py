@@ -273,8 +273,9 @@ def bench(
     )
     from dpctl import chain
 
-    result = chain.bench(recipe, out, force=force, bar=progress.bar)
-    _print(chain.bench_report(result, out), json_)
+    result = chain.bench_launched(recipe, out, force=force, bar=progress.bar)
+    if result is not None:
+        _print(chain.bench_report(result, out), json_)
 
 
 @app.command()
