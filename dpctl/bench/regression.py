@@ -22,6 +22,8 @@ from dpctl.errors import DpctlError, GateError
 
 # What runs the network or the loop around it; the other libraries change neither time nor pictures.
 LIBRARIES = ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
+# The peak of one and the same network moved by 3.2 MB between runs: pages and the allocator's.
+MEMORY_NOISE_BYTES = 4_000_000
 # Two medians of equal ratios may differ by this.
 ROUNDING = 1e-9
 MACHINE = ("system", "processor", "gpu", "governor", "workers")
@@ -46,8 +48,8 @@ class Place:
 class Change:
     """One figure in the old and the new run; `change` is new / old - 1, None where old is not positive.
 
-    `low` and `high` are the change's bootstrap 95 % interval, None for what was measured once. Only what `gates`
-    counts as a regression.
+    `low` and `high` are the change's bootstrap 95 % interval, for memory the change with the noise on either side, and
+    None for what has none. Only what `gates` counts as a regression.
     """
 
     place: Place
@@ -69,7 +71,7 @@ class Change:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes no change; what was measured once has none."""
+        """Whether the interval excludes no change; a file's size has none."""
         if self.low is None or self.high is None:
             return self.old != self.new
         return self.low > ROUNDING or self.high < -ROUNDING
@@ -205,6 +207,7 @@ def _speed(old: BenchResult, new: BenchResult) -> Iterator[Change]:
 
     An absolute latency gates nothing: set against the change of the baseline's own, it is the speed-up's change.
     """
+    noise = memory_noise(old, new)
     for before, after in _paired_rows(old, new):
         place = Place(after.model, after.backend, after.batch_size, after.num_inference_steps)
         yield from _speed_up("speed-up over the baseline", place, after.backend, old, new)
@@ -213,7 +216,22 @@ def _speed(old: BenchResult, new: BenchResult) -> Iterator[Change]:
         latencies = (_latencies(result, place) for result in (old, new))
         yield _medians(place, "latency p50 (unpaired)", "s", "lower", False, *latencies)
         if before.peak_memory_bytes and after.peak_memory_bytes:
-            yield _once(place, "peak memory", before.peak_memory_bytes, after.peak_memory_bytes)
+            counts = after.model != new.baseline.name
+            yield _memory(place, before.peak_memory_bytes, after.peak_memory_bytes, noise, counts)
+
+
+def memory_noise(old: BenchResult, new: BenchResult) -> int:
+    """Return by how many bytes a peak moves by itself: the most that the baseline's did, whose network is the same."""
+    pairs = [
+        (b.peak_memory_bytes, a.peak_memory_bytes) for b, a in _paired_rows(old, new) if a.model == new.baseline.name
+    ]
+    return max([MEMORY_NOISE_BYTES, *(abs(after - before) for before, after in pairs if before and after)])
+
+
+def _memory(place: Place, old: int, new: int, noise: int, counts: bool) -> Change:
+    change, margin = new / old - 1.0, noise / old
+    within = change - margin, change + margin
+    return Change(place, "peak memory", "bytes", "lower", counts, float(old), float(new), change, *within)
 
 
 def _speed_up(figure: str, place: Place, over: str, old: BenchResult, new: BenchResult) -> Iterator[Change]:
@@ -256,15 +274,13 @@ def _medians(
     return Change(place, figure, unit, better, gates, before, after, after / before - 1.0, low, high)
 
 
-def _once(place: Place, figure: str, old: int, new: int) -> Change:
-    return Change(place, figure, "bytes", "lower", True, float(old), float(new), new / old - 1.0)
-
-
 def _files(old: BenchResult, new: BenchResult) -> Iterator[Change]:
     for after in new.subjects:
         before = old.subject(after.model, after.backend)
         if before is not None and before.file_bytes > 0:
-            yield _once(Place(after.model, after.backend), "file", before.file_bytes, after.file_bytes)
+            sizes = float(before.file_bytes), float(after.file_bytes)
+            place = Place(after.model, after.backend)
+            yield Change(place, "file", "bytes", "lower", True, *sizes, sizes[1] / sizes[0] - 1.0)
 
 
 def _quality(old: BenchResult, new: BenchResult) -> Iterator[Change]:

@@ -51,7 +51,7 @@ def _table(found: Comparison) -> Any:
     from rich.text import Text
 
     table = Table("figure", "model / backend", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("batch", "steps", "OLD", "NEW", "change", "95 % interval"):
+    for heading in ("batch", "steps", "OLD", "NEW", "change", "interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("so it is")
     for each in found.changes:
