@@ -217,13 +217,15 @@ def _draw(
         able = _draw_parts(run, parts[:: processes.size], processes, advance)
         for rank, answer in enumerate(processes.answers(number), 1):
             theirs = parts[rank :: processes.size]
-            if answer["failure"] is None:
+            here = all(Path(part["file"]).is_file() for part in theirs)
+            if answer["failure"] is None and here:
                 _count(theirs, rank, run, processes, advance)
                 continue
-            _say(f"process {rank} could not draw its share, the first one does: {answer['failure']}")
+            reason = answer["failure"] or f"its images are not in {folder}, which all machines must share"
+            _say(f"process {rank} could not draw its share, the first one does: {reason}")
             able = able and _draw_parts(run, theirs, processes, advance)
         if able:
-            quality.save_samples(out / file, [_load(part["file"]) for part in parts])
+            quality.save_samples(out / file, [np.load(part["file"], allow_pickle=False) for part in parts])
     return able
 
 
@@ -240,14 +242,6 @@ def _count(parts: Sequence[dict[str, Any]], rank: int, run: "Run", processes: Cr
     count = sum(part["stop"] - part["start"] for part in parts)
     processes.drawn[rank] += count
     advance(count, model=run.entry.name)
-
-
-def _load(file: str) -> np.ndarray:
-    try:
-        return np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        todo = "start all processes on one machine, or give an --out that all machines share"
-        raise DpctlError("another process's samples are not here", file, todo) from None
 
 
 def _say(text: str) -> None:
