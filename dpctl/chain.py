@@ -199,19 +199,31 @@ def bench(
     *,
     exported: Sequence[Path] = (),
     force: bool = False,
+    processes: Any = None,
     bar: progress.Bar = progress.no_bar,
 ) -> Any:
     """Measure, write bench.json, samples/, report.md and report.html into `out`, and return the result.
 
-    `exported` are directories that may serve an engine backend instead of a new export.
+    `exported` are directories that may serve an engine backend instead of a new export; `processes` (a
+    `dpctl.bench.drawing.Crew`) draw the samples together.
     """
     from dpctl import report
     from dpctl.bench import run_bench
 
     with artifact.writing(out, force=force) as directory:
-        result = run_bench(recipe, directory, exported=exported, bar=bar)
+        result = run_bench(recipe, directory, exported=exported, processes=processes, bar=bar)
         report.write_report(result, directory)
     return result
+
+
+def bench_launched(recipe: BenchRecipe, out: Path, *, force: bool, bar: progress.Bar) -> Any:
+    """As `bench`, by all processes that a launcher has started; None in those that only help to draw the samples."""
+    from dpctl.bench.drawing import crew
+
+    with crew() as processes:
+        if processes.rank > 0:
+            return processes.follow()
+        return bench(recipe, out, force=force, processes=processes, bar=bar)
 
 
 def _bench_stage(recipe: BenchRecipe, out: Path, exported: Sequence[Path], bar: progress.Bar) -> Any:

@@ -214,10 +214,7 @@ def refit(
         Path, typer.Argument(help="An engine that was built with --refit, in its directory.", show_default=False)
     ],
     model: options.ModelArgument,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The directory to write; the engine's own without.", show_default=False),
-    ] = None,
+    out: options.EngineOut = None,
     force: options.Force = False,
     json_: options.Json = False,
 ) -> None:
@@ -282,15 +279,30 @@ def bench(
     )
     from dpctl import chain
 
-    result = chain.bench(recipe, out, force=force, bar=progress.bar)
-    _print(chain.bench_report(result, out), json_)
+    result = chain.bench_launched(recipe, out, force=force, bar=progress.bar)
+    if result is not None:
+        _print(chain.bench_report(result, out), json_)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A bench.json, of the main branch say.", show_default=False)],
+    new: Annotated[Path, typer.Argument(help="One of the same baseline, measured later.", show_default=False)],
+    max_regression: options.MaxRegression = None,
+    json_: options.Json = False,
+) -> None:
+    """Compare two benchmarks of one baseline on one machine: what has become worse?"""
+    from dpctl.bench import regression
+    from dpctl.report.regression import report
+
+    found = regression.compare_files(old, new, max_regression)
+    _print(report(found, max_regression), json_)
+    regression.gate(found, max_regression)
 
 
 @app.command()
 def run(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A TOML recipe; the reference model without one.", show_default=False)
-    ] = None,
+    recipe: options.RecipeArgument = None,
     out: Annotated[Path, typer.Option("--out", help="The directory of the whole chain.")] = Path("dpctl-run"),
     dry_run: options.DryRun = False,
     json_: options.Json = False,

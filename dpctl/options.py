@@ -14,7 +14,13 @@ R = TypeVar("R")
 ModelArgument = Annotated[
     str, typer.Argument(help="A model directory, a Hub id, or the word reference.", show_default=False)
 ]
+RecipeArgument = Annotated[
+    Path | None, typer.Argument(help="A TOML recipe; the reference model without one.", show_default=False)
+]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
+EngineOut = Annotated[
+    Path | None, typer.Option("--out", help="The directory to write; the engine's own without.", show_default=False)
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 DryRun = Annotated[
@@ -38,6 +44,12 @@ GuidanceScale = Annotated[
     float | None,
     typer.Option(
         "--guidance-scale", help="How strongly the prompt guides; default: the pipeline's.", show_default=False
+    ),
+]
+MaxRegression = Annotated[
+    float | None,
+    typer.Option(
+        "--max-regression", help="Fraction that a figure may become worse by, else exit 3.", show_default=False
     ),
 ]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]

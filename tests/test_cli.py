@@ -17,7 +17,20 @@ from dpctl.errors import DpctlError, GateError
 from dpctl.recipe import ChainRecipe, FinetuneRecipe, PruneRecipe, TrainRecipe, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("prune", "finetune", "train", "export", "refit", "verify", "bench", "run", "sample", "inspect", "doctor")
+COMMANDS = (
+    "prune",
+    "finetune",
+    "train",
+    "export",
+    "refit",
+    "verify",
+    "bench",
+    "compare",
+    "run",
+    "sample",
+    "inspect",
+    "doctor",
+)
 
 
 @dataclass(frozen=True)

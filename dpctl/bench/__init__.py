@@ -6,20 +6,17 @@ subject in the same round draws the same images, then the samples that the quali
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpctl import environment, progress, registry
-from dpctl.bench import quality, stability, subjects
+from dpctl.bench import drawing, quality, stability, subjects
 from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.process import QUIET, Worker
-from dpctl.bench.result import EAGER, SCHEMA_VERSION, BenchResult, Condition, Memory, Model, Subject, Turn, write_result
+from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Condition, Memory, Subject, Turn, write_result
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe, to_dict
 from runtime import BACKENDS
@@ -34,6 +31,7 @@ class Run:
 
     def __init__(self, entry: subjects.Entry, threads: int, stack: ExitStack) -> None:
         self.entry, self.failure = entry, entry.refused
+        self.opening: dict[str, Any] = {}
         self.opened: dict[str, Any] = {}
         self.memory: list[Memory] = []
         self.turns: list[Turn] = []
@@ -51,8 +49,9 @@ class Run:
 
     def open(self, recipe: BenchRecipe, threads: int) -> None:
         """Open the model in the fresh process and take the peak of its memory, from the smallest batch upwards."""
-        asked = {"directory": str(self.entry.directory), "backend": self.entry.backend}
-        answer = self.ask("open", **asked, scheduler=recipe.scheduler, threads=threads, seed=recipe.seed)
+        asked = {"directory": str(self.entry.directory.absolute()), "backend": self.entry.backend}
+        self.opening = asked | {"scheduler": recipe.scheduler, "threads": threads, "seed": recipe.seed}
+        answer = self.ask("open", **self.opening)
         self.opened = answer or {}
         steps = min(MEMORY_STEPS, *recipe.num_inference_steps)
         for size in sorted(recipe.batch_sizes):
@@ -93,14 +92,16 @@ def run_bench(
     *,
     exported: Sequence[Path] = (),
     space: FeatureSpace | None = None,
+    processes: drawing.Crew | None = None,
     bar: progress.Bar = progress.no_bar,
 ) -> BenchResult:
     """Measure the recipe's candidates against its baseline; write bench.json and samples/ into `out`.
 
     `exported` are exported directories that may serve an engine backend; a model without one is exported into the
-    user's cache. `space` (default: the recipe's, else the embedded one) holds the features of FID and KID. A subject
-    whose process dies is named in the result and the others are kept. Raises a DpctlError for unusable models or
-    numbers, and where nothing of the baseline could be measured.
+    user's cache. `space` (default: the recipe's, else the embedded one) holds the features of FID and KID. `processes`
+    draw the samples together (default: this one alone). A subject whose process dies is named in the result and the
+    others are kept. Raises a DpctlError for unusable models or numbers, and where nothing of the baseline could be
+    measured.
     """
     check(recipe)
     models = subjects.describe(recipe)
@@ -108,13 +109,14 @@ def run_bench(
     threads = recipe.threads or default_threads()
     space = space or quality.feature_space(recipe, subjects.shape(models[0]), out, bar)
     entries = subjects.prepare(recipe, models, exported, bar)
+    processes = processes or drawing.Crew()
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         runs = [Run(entry, threads, stack) for entry in entries]
         around = measure(runs, recipe, threads, bar)
         if not any(run.turns for run in runs if run.entry.model is models[0]):
             raise nothing_measured(runs)
-        samples = draw_samples(runs, models, recipe, out, bar)
+        samples = drawing.draw_samples(runs, models, recipe, out, bar, processes)
     with bar("judge", max(1, len(samples))) as advance:
         judged = quality.assess(samples, out, models[0].name, space, clip=recipe.clip, advance=advance)
     result = BenchResult(
@@ -123,7 +125,7 @@ def run_bench(
         command=typed_command(),
         recipe=to_dict(recipe),
         threads=threads,
-        environment=environment.describe() | around,
+        environment=environment.describe() | around | {"samples_drawn_by": processes.drawn},
         features=space.description if space is not None and samples else None,
         models=models,
         subjects=tuple(run.subject() for run in runs),
@@ -187,41 +189,6 @@ def order(runs: Sequence[Run], number: int) -> list[Run]:
     start = number % len(runs)
     turned = [*runs[start:], *runs[:start]]
     return turned[::-1] if number % 2 else turned
-
-
-def draw_samples(
-    runs: Sequence[Run], models: Sequence[Model], recipe: BenchRecipe, out: Path, bar: progress.Bar
-) -> list[tuple[str, str, int, str]]:
-    """Draw every model's samples on one backend; return (model, backend, steps, file below `out`).
-
-    One backend is enough where its parity with torch has passed: an engine then, since it is faster.
-    """
-    drawn: list[tuple[str, str, int, str]] = []
-    if recipe.samples == 0:
-        return drawn
-    with bar("sample", recipe.samples * len(models) * len(recipe.num_inference_steps)) as advance:
-        for position, model in enumerate(models):
-            able = [run for run in runs if run.entry.model is model and run.failure is None]
-            for run in sorted(able, key=lambda run: run.entry.backend == EAGER):
-                files = {n: f"samples/{position}-{n}-steps.npz" for n in recipe.num_inference_steps}
-                if all(_draw(run, recipe, n, out / file, advance) for n, file in files.items()):
-                    drawn += [(model.name, run.entry.backend, n, file) for n, file in files.items()]
-                    break
-    return drawn
-
-
-def _draw(run: Run, recipe: BenchRecipe, steps: int, file: Path, advance: progress.Advance) -> bool:
-    size = subjects.largest_batch(run.entry, recipe.samples)
-    parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        for start in range(0, recipe.samples, size):
-            stop, path = min(start + size, recipe.samples), Path(folder) / "part.npy"
-            if run.ask("draw", start=start, stop=stop, num_inference_steps=steps, file=str(path)) is None:
-                return False
-            parts.append(np.load(path, allow_pickle=False))
-            advance(stop - start, model=run.entry.name)
-    quality.save_samples(file, parts)
-    return True
 
 
 def nothing_measured(runs: Sequence[Run]) -> DpctlError:
