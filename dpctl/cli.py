@@ -1,17 +1,16 @@
 """The command line: options -> one call -> one print. Nothing heavy is imported before a command runs."""
 
-import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dpctl import options, progress
+from dpctl import cli_bench, options, progress
 from dpctl.errors import DpctlError
+from dpctl.printing import console, print_json, print_report
 from dpctl.recipe import (
-    BenchRecipe,
     ChainRecipe,
     EngineRecipe,
     ExportRecipe,
@@ -30,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PRUNE, FINETUNE, TRAIN, EXPORT, BENCH = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe(), BenchRecipe()
+PRUNE, FINETUNE, TRAIN, EXPORT = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe()
 ENGINE = EngineRecipe()
 
 
@@ -72,12 +71,12 @@ def prune(
     from dpctl import prune as pruning
 
     if dry_run:
-        _print_json(pruning.preview(model, recipe))
+        print_json(pruning.preview(model, recipe))
         return
     from dpctl import inspect
 
     manifest = pruning.prune(model, out, recipe, force=force, bar=progress.bar)
-    _print(inspect.report(manifest, out), json_)
+    print_report(inspect.report(manifest, out), json_)
 
 
 @app.command()
@@ -112,12 +111,12 @@ def finetune(
 
     if dry_run:
         finetuning.check(recipe)
-        _print_json(to_dict(recipe))
+        print_json(to_dict(recipe))
         return
     from dpctl import inspect
 
     manifest = finetuning.finetune(model, out, recipe, resume=resume, force=force, bar=progress.bar)
-    _print(inspect.report(manifest, out), json_)
+    print_report(inspect.report(manifest, out), json_)
 
 
 @app.command()
@@ -143,12 +142,12 @@ def train(
 
     if dry_run:
         finetuning.check(recipe)
-        _print_json(to_dict(recipe))
+        print_json(to_dict(recipe))
         return
     from dpctl import inspect
 
     manifest = finetuning.train(out, recipe, resume=resume, force=force, bar=progress.bar)
-    _print(inspect.report(manifest, out), json_)
+    print_report(inspect.report(manifest, out), json_)
 
 
 @app.command()
@@ -202,10 +201,10 @@ def export(
     if engine is not None and is_exported(model):
         options.refuse_decided(context, model)
         manifest = export_engine(resolve(model), out, engine, force=force, bar=progress.bar)
-        _print(inspect.report(manifest, out), json_)
+        print_report(inspect.report(manifest, out), json_)
         return
     manifest = export_model(load_model(model), out, recipe, force=force, keep_failed=keep_failed, bar=progress.bar)
-    _print(inspect.report(manifest, out), json_)
+    print_report(inspect.report(manifest, out), json_)
 
 
 @app.command()
@@ -223,7 +222,7 @@ def refit(
     from export.refit import refit as put_into
 
     manifest = put_into(engine, model, out, force=force, bar=progress.bar)
-    _print(inspect.report(manifest, engine.parent.parent if out is None else out), json_)
+    print_report(inspect.report(manifest, engine.parent.parent if out is None else out), json_)
 
 
 @app.command()
@@ -237,67 +236,11 @@ def verify(
     from dpctl import inspect
     from export.verify import verify_directory
 
-    _print(inspect.parity_report(verify_directory(directory, backend=backend, device=device)), json_)
+    print_report(inspect.parity_report(verify_directory(directory, backend=backend, device=device)), json_)
 
 
-@app.command()
-def bench(
-    baseline: options.ModelArgument,
-    candidates: Annotated[list[str], typer.Argument(help="The models to compare with it.", show_default=False)],
-    out: options.Out,
-    backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = ",".join(BENCH.backends),
-    batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
-    num_inference_steps: Annotated[str, typer.Option(help="Sampling steps, comma-separated.")] = "20",
-    scheduler: options.SchedulerOption = BENCH.scheduler,
-    rounds: Annotated[int, typer.Option(help="Turns that each subject gets.")] = BENCH.rounds,
-    samples: Annotated[
-        int, typer.Option(help="Images drawn per model to judge the quality; 0 leaves it out.")
-    ] = BENCH.samples,
-    features: options.Features = BENCH.features,
-    real_images: options.RealImages = BENCH.real_images,
-    clip: options.Clip = BENCH.clip,
-    threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
-    seed: options.Seed = BENCH.seed,
-    force: options.Force = False,
-    json_: options.Json = False,
-) -> None:
-    """Measure candidates against a baseline: latency, memory, size and quality, in one report."""
-    recipe = BenchRecipe(
-        baseline=baseline,
-        candidates=tuple(candidates),
-        backends=options.names(backend),
-        batch_sizes=options.integers(batch_size, "--batch-size"),
-        num_inference_steps=options.integers(num_inference_steps, "--num-inference-steps"),
-        scheduler=scheduler,
-        rounds=rounds,
-        samples=samples,
-        threads=threads,
-        seed=seed,
-        features=features,
-        real_images=real_images,
-        clip=clip,
-    )
-    from dpctl import chain
-
-    result = chain.bench_launched(recipe, out, force=force, bar=progress.bar)
-    if result is not None:
-        _print(chain.bench_report(result, out), json_)
-
-
-@app.command()
-def compare(
-    old: Annotated[Path, typer.Argument(help="A bench.json, of the main branch say.", show_default=False)],
-    new: Annotated[Path, typer.Argument(help="One of the same baseline, measured later.", show_default=False)],
-    max_regression: options.MaxRegression = None,
-    json_: options.Json = False,
-) -> None:
-    """Compare two benchmarks of one baseline on one machine: what has become worse?"""
-    from dpctl.bench import regression
-    from dpctl.report.regression import report
-
-    found = regression.compare_files(old, new, max_regression)
-    _print(report(found, max_regression), json_)
-    regression.gate(found, max_regression)
+app.command()(cli_bench.bench)
+app.command()(cli_bench.compare)
 
 
 @app.command()
@@ -312,10 +255,10 @@ def run(
     from dpctl import chain
 
     if dry_run:
-        _print_json(chain.preview(chosen))
+        print_json(chain.preview(chosen))
         return
     result = chain.run(chosen, out, bar=progress.bar)
-    _print(chain.bench_report(result, out / "bench"), json_)
+    print_report(chain.bench_report(result, out / "bench"), json_)
 
 
 @app.command()
@@ -337,7 +280,7 @@ def sample(
     from dpctl import sample as sampling
 
     wish = sampling.Wish(count, num_inference_steps, scheduler, backend, batch_size, seed, prompt, guidance_scale)
-    _print(sampling.draw(model, out, wish, force=force, bar=progress.bar), json_)
+    print_report(sampling.draw(model, out, wish, force=force, bar=progress.bar), json_)
 
 
 @app.command()
@@ -357,7 +300,7 @@ def inspect(
     scan = pruning.scan(model, data, bar=progress.bar) if sensitivity else None
     found = inspection.inspect(model, scan)
     architecture.write(picture, found.json["stats"], scan)
-    _print(found, json_)
+    print_report(found, json_)
 
 
 @app.command()
@@ -367,29 +310,9 @@ def doctor(json_: options.Json = False) -> None:
 
     findings = diagnosis.diagnose()
     if json_:
-        _print_json(diagnosis.as_json(findings))
+        print_json(diagnosis.as_json(findings))
         return
-    _console().print(diagnosis.as_table(findings))
-
-
-def _print(report: Any, as_json: bool) -> None:
-    """Print a report: its `.json` document, or its `.renderables` for people."""
-    if as_json:
-        _print_json(report.json)
-        return
-    for renderable in report.renderables:
-        _console().print(renderable)
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # A pipe has no width of its own: 80 columns would fold the tables of every log. No markup: a path may hold [a].
-    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
+    console().print(diagnosis.as_table(findings))
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""The commands that measure: `dpctl bench` and `dpctl compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpctl import options, progress
+from dpctl.printing import print_report
+from dpctl.recipe import BenchRecipe
+
+BENCH = BenchRecipe()
+
+
+def bench(
+    baseline: options.ModelArgument,
+    candidates: Annotated[list[str], typer.Argument(help="The models to compare with it.", show_default=False)],
+    out: options.Out,
+    backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = ",".join(BENCH.backends),
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
+    num_inference_steps: Annotated[str, typer.Option(help="Sampling steps, comma-separated.")] = "20",
+    scheduler: options.SchedulerOption = BENCH.scheduler,
+    rounds: Annotated[int, typer.Option(help="Turns that each subject gets.")] = BENCH.rounds,
+    samples: Annotated[
+        int, typer.Option(help="Images drawn per model to judge the quality; 0 leaves it out.")
+    ] = BENCH.samples,
+    features: options.Features = BENCH.features,
+    real_images: options.RealImages = BENCH.real_images,
+    clip: options.Clip = BENCH.clip,
+    threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
+    seed: options.Seed = BENCH.seed,
+    force: options.Force = False,
+    json_: options.Json = False,
+) -> None:
+    """Measure candidates against a baseline: latency, memory, size and quality, in one report."""
+    recipe = BenchRecipe(
+        baseline=baseline,
+        candidates=tuple(candidates),
+        backends=options.names(backend),
+        batch_sizes=options.integers(batch_size, "--batch-size"),
+        num_inference_steps=options.integers(num_inference_steps, "--num-inference-steps"),
+        scheduler=scheduler,
+        rounds=rounds,
+        samples=samples,
+        threads=threads,
+        seed=seed,
+        features=features,
+        real_images=real_images,
+        clip=clip,
+    )
+    from dpctl import chain
+
+    result = chain.bench_launched(recipe, out, force=force, bar=progress.bar)
+    if result is not None:
+        print_report(chain.bench_report(result, out), json_)
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(help="A bench.json, of the main branch say.", show_default=False)],
+    new: Annotated[Path, typer.Argument(help="One of the same baseline, measured later.", show_default=False)],
+    max_regression: options.MaxRegression = None,
+    json_: options.Json = False,
+) -> None:
+    """Compare two benchmarks of one baseline on one machine: what has become worse?"""
+    from dpctl.bench import regression
+    from dpctl.report.regression import report
+
+    found = regression.compare_files(old, new, max_regression)
+    print_report(report(found, max_regression), json_)
+    regression.gate(found, max_regression)
