@@ -1,6 +1,12 @@
 """What every backend promises: one test per promise, over the folder of backends."""
 
+import contextlib
+import gc
 import inspect
+import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,11 @@ NAMES = registry.names(runtime.BACKENDS)
 
 # What a backend needs to run, beside the processor.
 NEEDS = {"trt": [pytest.mark.gpu, pytest.mark.trt]}
+# Where it keeps what is large.
+HOLDS = {"eager": {"_network"}, "ort": {"_session", "_binding"}, "ov": {"_model", "_core"}, "trt": {"_engine"}}
+# The library beside torch that a backend stands on, and the extra that brings it. (trt asks for a GPU first.)
+LIBRARIES = {"ort": "onnxruntime", "ov": "openvino"}
+EXTRAS = {"ort": "cpu", "ov": "openvino"}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
@@ -37,7 +48,7 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_names_are_the_files() -> None:
-    assert set(NAMES) >= {"eager", "ort"}
+    assert set(NAMES) >= {"eager", "ort", "ov"}
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -84,6 +95,49 @@ def test_changing_batch_sizes_give_the_same_rows(backend: str, directory: Path) 
         together = denoiser(sample, timestep)
         for size in (1, 3, 2):
             torch.testing.assert_close(denoiser(sample[:size], timestep[:size]), together[:size], rtol=1e-4, atol=1e-5)
+
+
+def running_threads() -> set[int]:
+    """Return the threads of this process that run or would, this one left out."""
+    states = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            states[int(task.name)] = (task / "stat").read_text().rpartition(")")[2].split()[0]
+    return {task for task, state in states.items() if state == "R"} - {threading.get_native_id()}
+
+
+def test_an_idle_denoiser_has_no_thread_that_runs(backend: str, directory: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        with runtime.open_denoiser(directory, backend, threads=2) as denoiser:
+            denoiser(*inputs())
+            denoiser.synchronize()
+            # On a busy machine its threads get to their rest late; one that spins never does.
+            for _ in range(200):
+                if not (running := running_threads()):
+                    break
+                time.sleep(0.05)
+            assert not running
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_after_the_block_it_holds_nothing(backend: str, directory: Path) -> None:
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        denoiser(*inputs())
+        held = [weakref.ref(value) for name, value in vars(denoiser).items() if name in HOLDS[backend]]
+    assert len(held) == len(HOLDS[backend])
+    gc.collect()
+    assert [found() for found in held] == [None] * len(held)
+
+
+@pytest.mark.parametrize(("backend", "library"), LIBRARIES.items())
+def test_without_its_library_it_says_what_it_needs(
+    backend: str, library: str, exported_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(DpctlError, match=rf"pip install 'dpctl-diffusion\[{EXTRAS[backend]}\]'"):
+        runtime.open_denoiser(exported_directory, backend)
 
 
 def test_it_knows_its_config_and_its_memory(backend: str, directory: Path) -> None:
