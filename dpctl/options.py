@@ -31,7 +31,9 @@ MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")]
 EmaDecay = Annotated[float, typer.Option("--ema-decay", help="Decay of the exponential moving average of the weights.")]
 CheckpointEvery = Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")]
-SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
+SchedulerOption = Annotated[
+    str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++, euler, euler-ancestral or lcm.")
+]
 
 Layout = Annotated[
     str, typer.Option("--layout", help="free, or stock: one width per level, a plain diffusers class without code.")

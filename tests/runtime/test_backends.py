@@ -21,10 +21,18 @@ from dpctl.models import load_model
 NAMES = registry.names(runtime.BACKENDS)
 
 
-# What a backend needs to run, beside the processor.
-NEEDS = {"trt": [pytest.mark.gpu, pytest.mark.trt]}
+# What a backend needs to run, beside the processor: compiled needs time, for every batch size.
+NEEDS = {"compiled": [pytest.mark.slow], "trt": [pytest.mark.gpu, pytest.mark.trt]}
+# They run the weights, the others what was exported.
+WEIGHTS = {"compiled", "eager"}
 # Where it keeps what is large.
-HOLDS = {"eager": {"_network"}, "ort": {"_session", "_binding"}, "ov": {"_model", "_core"}, "trt": {"_engine"}}
+HOLDS = {
+    "compiled": {"_network"},
+    "eager": {"_network"},
+    "ort": {"_session", "_binding"},
+    "ov": {"_model", "_core"},
+    "trt": {"_engine"},
+}
 # The library beside torch that a backend stands on, and the extra that brings it. (trt asks for a GPU first.)
 LIBRARIES = {"ort": "onnxruntime", "ov": "openvino"}
 EXTRAS = {"ort": "cpu", "ov": "openvino"}
@@ -38,8 +46,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def directory(backend: str, request: pytest.FixtureRequest) -> Path:
     """What the backend runs; skips where it cannot."""
-    fixtures = {"eager": "model_directory", "trt": "engine_directory"}
-    return request.getfixturevalue(fixtures.get(backend, "exported_directory"))
+    if backend in WEIGHTS:
+        return request.getfixturevalue("model_directory")
+    return request.getfixturevalue("engine_directory" if backend == "trt" else "exported_directory")
 
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +57,9 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_names_are_the_files() -> None:
-    assert set(NAMES) >= {"eager", "ort", "ov"}
+    assert set(NAMES) >= {"compiled", "eager", "ort", "ov", "trt"}
+    exported = {name for name in NAMES if registry.load(runtime.BACKENDS, name, "backend").RUNS_EXPORTED}
+    assert set(NAMES) - exported == WEIGHTS
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -147,8 +158,11 @@ def test_it_knows_its_config_and_its_memory(backend: str, directory: Path) -> No
     assert 0 < used["resident_bytes"] <= used["peak_resident_bytes"]
 
 
-def test_it_samples_what_eager_samples(backend: str, directory: Path, model_directory: Path) -> None:
-    scheduler = load_model(model_directory).scheduler
+@pytest.mark.parametrize("scheduler_name", ["ddpm", "ddim", "euler-ancestral", "lcm"])
+def test_it_samples_what_eager_samples(
+    backend: str, directory: Path, model_directory: Path, scheduler_name: str
+) -> None:
+    scheduler = runtime.make_scheduler(scheduler_name, load_model(model_directory).scheduler.config)
 
     def drawn(path: Path, name: str, batch: int) -> torch.Tensor:
         with runtime.open_denoiser(path, name) as denoiser:
@@ -181,18 +195,16 @@ def test_an_unknown_backend_is_refused_with_a_hint(model_directory: Path) -> Non
 def test_what_this_machine_has_not_is_a_clean_error(
     backend: str, model_directory: Path, exported_directory: Path, kwargs: dict[str, Any], words: str
 ) -> None:
-    directory = model_directory if backend == "eager" else exported_directory
+    directory = model_directory if backend in WEIGHTS else exported_directory
     with pytest.raises(DpctlError, match=words):
         runtime.open_denoiser(directory, backend, **kwargs)
 
 
 def test_a_directory_of_the_other_kind_is_refused(model_directory: Path, exported_directory: Path) -> None:
-    with pytest.raises(DpctlError, match="exported"):
-        runtime.open_denoiser(exported_directory, "eager")
     for name in NAMES:
-        if name != "eager":
-            with pytest.raises(DpctlError, match="dpctl export"):
-                runtime.open_denoiser(model_directory, name)
+        directory, words = (exported_directory, "exported") if name in WEIGHTS else (model_directory, "dpctl export")
+        with pytest.raises(DpctlError, match=words):
+            runtime.open_denoiser(directory, name)
 
 
 def test_eager_sets_the_threads_that_were_asked_for(model_directory: Path) -> None:
