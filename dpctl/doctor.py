@@ -247,7 +247,9 @@ def _dotted(found: Iterable[tuple[int, int]]) -> str:
 
 def openvino() -> Finding:
     """Report OpenVINO."""
-    return _version_of("openvino", "OpenVINO", "pip install 'dpctl-diffusion[openvino]'")
+    todo = "pip install 'dpctl-diffusion[openvino]'"
+    module, broken = _import("openvino", "OpenVINO", todo, environment.import_openvino)
+    return broken if module is None else Finding("OpenVINO", OK, _version(module))
 
 
 def transformers() -> Finding:
@@ -315,10 +317,12 @@ def as_table(findings: Iterable[Finding]) -> "Table":
     return table
 
 
-def _import(module: str, name: str, todo: str) -> tuple[ModuleType | None, Finding]:
+def _import(
+    module: str, name: str, todo: str, load: Callable[[], ModuleType] | None = None
+) -> tuple[ModuleType | None, Finding]:
     """Return the module, or None with the finding that says why not."""
     try:
-        return importlib.import_module(module), Finding(name, OK, "")
+        return load() if load else importlib.import_module(module), Finding(name, OK, "")
     except ModuleNotFoundError as problem:
         if problem.name == module:
             return None, Finding(name, MISSING, "not installed", todo)
@@ -327,11 +331,6 @@ def _import(module: str, name: str, todo: str) -> tuple[ModuleType | None, Findi
         lines = str(problem).splitlines() or [""]
         found = f"installed, but does not load: {type(problem).__name__}: {lines[0]}"
     return None, Finding(name, WARNING, found, f"install it again: {todo}")
-
-
-def _version_of(module: str, name: str, todo: str) -> Finding:
-    loaded, broken = _import(module, name, todo)
-    return broken if loaded is None else Finding(name, OK, _version(loaded))
 
 
 def _version(module: ModuleType) -> str:

@@ -1,10 +1,12 @@
 """What a figure or an artifact was made with: library versions, processor, threads, GPU (stdlib only)."""
 
+import importlib
 import os
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 LIBRARIES = (
@@ -29,6 +31,22 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def import_openvino() -> ModuleType:
+    """Import OpenVINO without its telemetry: left alone, importing it reports that to Google Analytics.
+
+    Where the package of its telemetry is missing, OpenVINO uses a stub of its own.
+    """
+    kept = sys.modules.get("openvino_telemetry")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if kept is None:
+            del sys.modules["openvino_telemetry"]
+        else:
+            sys.modules["openvino_telemetry"] = kept
 
 
 def processor() -> str:

@@ -52,7 +52,9 @@ MaxRegression = Annotated[
         "--max-regression", help="Fraction that a figure may become worse by, else exit 3.", show_default=False
     ),
 ]
-SchedulerOption = Annotated[str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++ or euler.")]
+SchedulerOption = Annotated[
+    str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++, euler, euler-ancestral or lcm.")
+]
 
 Layout = Annotated[
     str, typer.Option("--layout", help="free, or stock: one width per level, a plain diffusers class without code.")

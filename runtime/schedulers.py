@@ -12,7 +12,10 @@ SCHEDULERS = {
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
 }
+# What the network was trained with, whatever samples from it.
+TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 def check_scheduler(name: str) -> None:
@@ -28,4 +31,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     import diffusers
 
     check_scheduler(name)
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    # diffusers puts a class's own defaults, and lcm's are others, in the place of values that were left at theirs.
+    trained = {name: config[name] for name in TRAINED if name in config}
+    scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config, **trained)
+    # Latent consistency models jump over a grid of 50 timesteps, by default: a model may have fewer of them.
+    if scheduler.config.get("original_inference_steps", 0) > scheduler.config.num_train_timesteps:
+        scheduler.register_to_config(original_inference_steps=scheduler.config.num_train_timesteps)
+    return scheduler

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpctl import artifact, cost, environment, progress
+from dpctl import artifact, cost, environment, progress, registry
 from dpctl.artifact import Manifest
-from dpctl.bench.result import EAGER, Model
+from dpctl.bench.result import Model
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, resolve
 from dpctl.recipe import BenchRecipe, EngineRecipe, ExportRecipe
+from runtime import BACKENDS
 
 # Samples for the quality are drawn in batches of this size, where the exported range allows it.
 DRAWN_TOGETHER = 64
@@ -116,9 +117,9 @@ def prepare(
 def _entry(model: Model, backend: str, recipe: BenchRecipe, exported: Sequence[Path], bar: progress.Bar) -> Entry:
     own = resolve(model.source)
     if model.kind == "exported":
-        refused = "an exported directory holds no weights for torch" if backend == EAGER else None
+        refused = "an exported directory holds no weights for torch" if _runs_weights(backend) else None
         return Entry(model, backend, own, model.source, refused)
-    if backend == EAGER:
+    if _runs_weights(backend):
         return Entry(model, backend, own, model.source)
     largest = max(recipe.batch_sizes)
     for directory in exported:
@@ -127,6 +128,11 @@ def _entry(model: Model, backend: str, recipe: BenchRecipe, exported: Sequence[P
             return Entry(model, backend, directory, str(directory))
     directory = (cached_engine if backend == ENGINES else cached_export)(model, largest, bar)
     return Entry(model, backend, directory, f"exported for this measurement into {directory}")
+
+
+def _runs_weights(backend: str) -> bool:
+    """Tell whether a backend opens the model's own directory."""
+    return not registry.load(BACKENDS, backend, "backend").RUNS_EXPORTED
 
 
 def _serves(manifest: Manifest, model: Model, largest: int, backend: str) -> bool:

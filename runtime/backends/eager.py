@@ -20,7 +20,7 @@ class EagerDenoiser:
     def __init__(self, unet: Any) -> None:
         parameter = next(unet.parameters())
         self.device, self.dtype, self.config = parameter.device, parameter.dtype, unet.config
-        self._network = Network(unet).eval()
+        self._network: Any = Network(unet).eval()
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +51,11 @@ def open_denoiser(directory: Path, *, threads: int | None = None, device: str | 
     `threads` is torch's setting for the whole process; without it torch's own stands. Raises a DpctlError for an
     exported directory, which holds no weights.
     """
+    return EagerDenoiser(load(directory, threads, device))
+
+
+def load(directory: Path, threads: int | None, device: str | None) -> Any:
+    """Return the network of a model directory on a device, with torch set as asked for."""
     target = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -58,4 +63,4 @@ def open_denoiser(directory: Path, *, threads: int | None = None, device: str | 
         # float32 means float32: TF32 is a precision of its own.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    return EagerDenoiser(load_model(directory).unet.to(target))
+    return load_model(directory).unet.to(target)

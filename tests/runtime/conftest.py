@@ -84,6 +84,44 @@ def engine_directory(exported_directory: Path) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def rewrite_manifest() -> Callable[..., None]:
+    """Return what makes the manifest fit the files as they are, as whoever changed them on purpose would."""
+
+    def rewrite(directory: Path, **changed: Any) -> None:
+        manifest = artifact.read_manifest(directory)
+        assert manifest is not None
+        manifest = dataclasses.replace(manifest, **{"files": artifact.hash_files(directory)} | changed)
+        (directory / artifact.MANIFEST).write_text(manifest.to_json())
+
+    return rewrite
+
+
+@pytest.fixture(scope="session")
+def move_a_weight() -> Callable[[Path, str], None]:
+    """Return what moves a weight of a graph into a file: beside it, two folders above, by absolute path or a link."""
+
+    def move(graph: Path, where: str) -> None:
+        import onnx
+
+        model = onnx.load(graph)
+        weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        secret = graph.parent.parent.parent / "secret.bin"
+        secret.write_bytes(weight.raw_data)
+        (graph.parent / "beside.bin").write_bytes(weight.raw_data)
+        (graph.parent / "link.bin").symlink_to(secret)
+        places = {"beside": "beside.bin", "above": "../../secret.bin", "absolute": str(secret), "link": "link.bin"}
+        length = len(weight.raw_data)
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in {"location": places[where], "offset": "0", "length": str(length)}.items():
+            entry = weight.external_data.add()
+            entry.key, entry.value = key, value
+        graph.write_bytes(model.SerializeToString())
+
+    return move
+
+
 # --- stand-ins --------------------------------------------------------------------------------------------------------
 
 # What the GPU of the stand-ins is, and how much memory an engine asks for.

@@ -1,6 +1,12 @@
 """What every backend promises: one test per promise, over the folder of backends."""
 
+import contextlib
+import gc
 import inspect
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +23,21 @@ from runtime.backends.eager import EagerDenoiser
 NAMES = registry.names(runtime.BACKENDS)
 
 
-# What a backend needs to run, beside the processor.
-NEEDS = {"trt": [pytest.mark.gpu, pytest.mark.trt]}
+# What a backend needs to run, beside the processor: compiled needs time, for every batch size.
+NEEDS = {"compiled": [pytest.mark.slow], "trt": [pytest.mark.gpu, pytest.mark.trt]}
+# They run the weights, the others what was exported.
+WEIGHTS = {"compiled", "eager"}
+# Where it keeps what is large.
+HOLDS = {
+    "compiled": {"_network"},
+    "eager": {"_network"},
+    "ort": {"_session", "_binding"},
+    "ov": {"_model", "_core"},
+    "trt": {"_engine"},
+}
+# The library beside torch that a backend stands on, and the extra that brings it. (trt asks for a GPU first.)
+LIBRARIES = {"ort": "onnxruntime", "ov": "openvino"}
+EXTRAS = {"ort": "cpu", "ov": "openvino"}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
@@ -29,8 +48,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def directory(backend: str, request: pytest.FixtureRequest) -> Path:
     """What the backend runs; skips where it cannot."""
-    fixtures = {"eager": "model_directory", "trt": "engine_directory"}
-    return request.getfixturevalue(fixtures.get(backend, "exported_directory"))
+    if backend in WEIGHTS:
+        return request.getfixturevalue("model_directory")
+    return request.getfixturevalue("engine_directory" if backend == "trt" else "exported_directory")
 
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +59,9 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_names_are_the_files() -> None:
-    assert set(NAMES) >= {"eager", "ort"}
+    assert set(NAMES) >= {"compiled", "eager", "ort", "ov", "trt"}
+    exported = {name for name in NAMES if registry.load(runtime.BACKENDS, name, "backend").RUNS_EXPORTED}
+    assert set(NAMES) - exported == WEIGHTS
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -88,6 +110,49 @@ def test_changing_batch_sizes_give_the_same_rows(backend: str, directory: Path) 
             torch.testing.assert_close(denoiser(sample[:size], timestep[:size]), together[:size], rtol=1e-4, atol=1e-5)
 
 
+def running_threads() -> set[int]:
+    """Return the threads of this process that run or would, this one left out."""
+    states = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            states[int(task.name)] = (task / "stat").read_text().rpartition(")")[2].split()[0]
+    return {task for task, state in states.items() if state == "R"} - {threading.get_native_id()}
+
+
+def test_an_idle_denoiser_has_no_thread_that_runs(backend: str, directory: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        with runtime.open_denoiser(directory, backend, threads=2) as denoiser:
+            denoiser(*inputs())
+            denoiser.synchronize()
+            # On a busy machine its threads get to their rest late; one that spins never does.
+            for _ in range(200):
+                if not (running := running_threads()):
+                    break
+                time.sleep(0.05)
+            assert not running
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_after_the_block_it_holds_nothing(backend: str, directory: Path) -> None:
+    with runtime.open_denoiser(directory, backend) as denoiser:
+        denoiser(*inputs())
+        held = [weakref.ref(value) for name, value in vars(denoiser).items() if name in HOLDS[backend]]
+    assert len(held) == len(HOLDS[backend])
+    gc.collect()
+    assert [found() for found in held] == [None] * len(held)
+
+
+@pytest.mark.parametrize(("backend", "library"), LIBRARIES.items())
+def test_without_its_library_it_says_what_it_needs(
+    backend: str, library: str, exported_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(DpctlError, match=rf"pip install 'dpctl-diffusion\[{EXTRAS[backend]}\]'"):
+        runtime.open_denoiser(exported_directory, backend)
+
+
 def test_it_knows_its_config_and_its_memory(backend: str, directory: Path) -> None:
     with runtime.open_denoiser(directory, backend) as denoiser:
         assert (denoiser.config.in_channels, denoiser.config.sample_size) == (1, 8)
@@ -95,8 +160,11 @@ def test_it_knows_its_config_and_its_memory(backend: str, directory: Path) -> No
     assert 0 < used["resident_bytes"] <= used["peak_resident_bytes"]
 
 
-def test_it_samples_what_eager_samples(backend: str, directory: Path, model_directory: Path) -> None:
-    scheduler = load_model(model_directory).scheduler
+@pytest.mark.parametrize("scheduler_name", ["ddpm", "ddim", "euler-ancestral", "lcm"])
+def test_it_samples_what_eager_samples(
+    backend: str, directory: Path, model_directory: Path, scheduler_name: str
+) -> None:
+    scheduler = runtime.make_scheduler(scheduler_name, load_model(model_directory).scheduler.config)
 
     def drawn(path: Path, name: str, batch: int) -> torch.Tensor:
         with runtime.open_denoiser(path, name) as denoiser:
@@ -129,18 +197,16 @@ def test_an_unknown_backend_is_refused_with_a_hint(model_directory: Path) -> Non
 def test_what_this_machine_has_not_is_a_clean_error(
     backend: str, model_directory: Path, exported_directory: Path, kwargs: dict[str, Any], words: str
 ) -> None:
-    directory = model_directory if backend == "eager" else exported_directory
+    directory = model_directory if backend in WEIGHTS else exported_directory
     with pytest.raises(DpctlError, match=words):
         runtime.open_denoiser(directory, backend, **kwargs)
 
 
 def test_a_directory_of_the_other_kind_is_refused(model_directory: Path, exported_directory: Path) -> None:
-    with pytest.raises(DpctlError, match="exported"):
-        runtime.open_denoiser(exported_directory, "eager")
     for name in NAMES:
-        if name != "eager":
-            with pytest.raises(DpctlError, match="dpctl export"):
-                runtime.open_denoiser(model_directory, name)
+        directory, words = (exported_directory, "exported") if name in WEIGHTS else (model_directory, "dpctl export")
+        with pytest.raises(DpctlError, match=words):
+            runtime.open_denoiser(directory, name)
 
 
 def test_eager_sets_the_threads_that_were_asked_for(model_directory: Path) -> None:

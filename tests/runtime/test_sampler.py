@@ -15,8 +15,10 @@ from runtime.noise import initial_noise, step_generators
 from runtime.schedulers import SCHEDULERS
 
 MEAN, STD = -0.2, 0.25
+# Solvers, which follow a noise prediction in many small steps; lcm takes a few jumps of another network, tested apart.
+SOLVERS = [name for name in SCHEDULERS if name != "lcm"]
 # First-order steps that add noise need the finest grid: their std is 0.20 after 50 steps.
-STEPS = {name: 1000 if name in ("ddpm", "euler-ancestral") else 200 for name in SCHEDULERS}
+STEPS = {name: 1000 if name in ("ddpm", "euler-ancestral") else 200 for name in SOLVERS}
 CONFIG = DDPMScheduler(clip_sample=False, timestep_spacing="linspace").config
 
 
@@ -41,6 +43,16 @@ class GaussianDenoiser:
         return (1 - alpha_bar).sqrt() * (sample - alpha_bar.sqrt() * MEAN) / variance
 
 
+class GaussianConsistency(GaussianDenoiser):
+    """The same as a consistency model: its noise prediction leads from any x_t to the end of the ODE's path."""
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        alpha_bar = self._log_alpha_bar[timestep.long()].exp()[:, None, None, None]
+        # The path keeps each pixel's place within the distribution: x_0 has as many stds from the mean as x_t.
+        x_0 = MEAN + STD * (sample - alpha_bar.sqrt() * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar).sqrt()
+        return (sample - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+
 def draw(name: str = "ddim", indices: Any = range(4), steps: int = 10, seed: int = 0, **kwargs: Any) -> Tensor:
     denoiser = kwargs.pop("denoiser", None) or GaussianDenoiser()
     scheduler = make_scheduler(name, CONFIG)
@@ -54,6 +66,37 @@ def test_the_denoiser_of_a_gaussian_gives_that_gaussian(name: str, steps: int) -
     # 4,096 pixels: the mean's standard error is 0.004, the std's 0.003.
     assert images.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert images.std().item() == pytest.approx(STD, rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_consistency_model_of_a_gaussian_gives_it_in_any_number_of_steps(steps: int) -> None:
+    images = draw("lcm", range(256), steps, denoiser=GaussianConsistency())
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert images.std().item() == pytest.approx(STD, rel=0.03)
+
+
+def test_one_step_of_a_consistency_model_is_its_function() -> None:
+    # One jump, without any noise after it. The scheduler mixes in c_skip = 0.25 / ((10 t)^2 + 0.25) of x_t: 2.5e-9.
+    noise = initial_noise(0, range(4), (1, 4, 4))
+    alpha_bar = DDPMScheduler().alphas_cumprod[999]
+    expected = MEAN + STD * (noise - alpha_bar.sqrt() * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar).sqrt()
+    found = draw("lcm", steps=1, denoiser=GaussianConsistency())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_noise_prediction_is_no_consistency_model() -> None:
+    # One jump to the mean of what x_T may come from loses nearly all of the spread.
+    assert draw("lcm", range(256), 1).std().item() < 0.1 * STD
+
+
+def test_the_grid_of_a_consistency_model_is_no_finer_than_its_timesteps() -> None:
+    short = DDPMScheduler(num_train_timesteps=20).config
+    assert make_scheduler("lcm", short).config.original_inference_steps == 20
+    assert make_scheduler("lcm", CONFIG).config.original_inference_steps == 50
+    with pytest.raises(DpctlError, match="give 1 to 50"):
+        draw("lcm", steps=51)
+    images = sample(GaussianDenoiser(), make_scheduler("lcm", short), seed=0, indices=[0], num_inference_steps=20)
+    assert images.isfinite().all()
 
 
 def test_fewer_steps_come_less_close_to_the_gaussian() -> None:
@@ -76,7 +119,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not(name: str) -> None:
     assert not torch.allclose(draw(name), draw(name, seed=1), atol=0.01)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler-ancestral"])
+@pytest.mark.parametrize("name", ["ddpm", "euler-ancestral", "lcm"])
 def test_a_stochastic_scheduler_gives_every_sample_noise_of_its_own(name: str) -> None:
     class Zero(GaussianDenoiser):
         def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
@@ -160,6 +203,12 @@ def test_schedulers_keep_what_the_model_was_trained_with() -> None:
         assert (made.beta_end, made.prediction_type) == (0.5, "v_prediction")
     assert make_scheduler("ddim", config).config.clip_sample is False
     assert isinstance(make_scheduler("ddim", config), DDIMScheduler)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_was_left_at_its_default_is_kept_too(name: str) -> None:
+    made = make_scheduler(name, DDPMScheduler().config)
+    assert torch.equal(made.betas, DDPMScheduler().betas)
 
 
 def test_an_unknown_scheduler_is_refused_with_a_hint() -> None:
