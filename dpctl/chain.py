@@ -237,7 +237,7 @@ def _bench_stage(recipe: BenchRecipe, out: Path, exported: Sequence[Path], bar: 
 
 def _measured(recipe: BenchRecipe, out: Path) -> Any:
     """Return the result in `out` if it is of this recipe and of these models, else None."""
-    from dpctl.bench.result import read_result
+    from dpctl.bench.document import read_result
 
     if not all((out / name).is_file() for name in ("bench.json", "report.md", "report.html")):
         return None
@@ -246,7 +246,8 @@ def _measured(recipe: BenchRecipe, out: Path) -> Any:
     except DpctlError:
         return None
     digests = [source_digest(name) for name in (recipe.baseline, *recipe.candidates)]
-    return found if found.recipe == to_dict(recipe) and found.digests() == digests else None
+    same = found.recipe == to_dict(recipe) and found.digests() == digests
+    return found if same and not found.interrupted else None
 
 
 def bench_report(result: Any, out: Path) -> Report:

@@ -259,6 +259,7 @@ def run(
         return
     result = chain.run(chosen, out, bar=progress.bar)
     print_report(chain.bench_report(result, out / "bench"), json_)
+    cli_bench.end(result)
 
 
 @app.command()

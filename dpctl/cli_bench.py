@@ -1,7 +1,7 @@
 """The commands that measure: `dpctl bench` and `dpctl compare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from dpctl.printing import print_report
 from dpctl.recipe import BenchRecipe
 
 BENCH = BenchRecipe()
+INTERRUPTED = 130  # as a shell counts SIGINT
 
 
 def bench(
@@ -19,6 +20,9 @@ def bench(
     backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = ",".join(BENCH.backends),
     batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
     num_inference_steps: Annotated[str, typer.Option(help="Sampling steps, comma-separated.")] = "20",
+    precision: Annotated[str, typer.Option(help="Of what is exported here: fp32, fp16 or bf16.")] = BENCH.precision,
+    baselines: options.Baselines = "eager,compiled",
+    fewer_steps: options.FewerSteps = BENCH.fewer_steps,
     scheduler: options.SchedulerOption = BENCH.scheduler,
     rounds: Annotated[int, typer.Option(help="Turns that each subject gets.")] = BENCH.rounds,
     samples: Annotated[
@@ -39,6 +43,9 @@ def bench(
         backends=options.names(backend),
         batch_sizes=options.integers(batch_size, "--batch-size"),
         num_inference_steps=options.integers(num_inference_steps, "--num-inference-steps"),
+        precision=precision,
+        baselines=options.names(baselines) if baselines else (),
+        fewer_steps=fewer_steps,
         scheduler=scheduler,
         rounds=rounds,
         samples=samples,
@@ -53,6 +60,7 @@ def bench(
     result = chain.bench_launched(recipe, out, force=force, bar=progress.bar)
     if result is not None:
         print_report(chain.bench_report(result, out), json_)
+        end(result)
 
 
 def compare(
@@ -68,3 +76,9 @@ def compare(
     found = regression.compare_files(old, new, max_regression)
     print_report(report(found, max_regression), json_)
     regression.gate(found, max_regression)
+
+
+def end(result: Any) -> None:
+    """Exit as an interrupted command does, if somebody interrupted the measurement."""
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)

@@ -55,6 +55,15 @@ MaxRegression = Annotated[
 SchedulerOption = Annotated[
     str, typer.Option("--scheduler", help="ddim, ddpm, dpm-solver++, euler, euler-ancestral or lcm.")
 ]
+Baselines = Annotated[
+    str, typer.Option("--baselines", help="Backends that the baseline alone is measured on too, comma-separated.")
+]
+FewerSteps = Annotated[
+    bool,
+    typer.Option(
+        "--fewer-steps/--no-fewer-steps", help="The baseline also with as many steps as fit into a candidate's time."
+    ),
+]
 
 Layout = Annotated[
     str, typer.Option("--layout", help="free, or stock: one width per level, a plain diffusers class without code.")

@@ -151,6 +151,9 @@ class ExportRecipe:
 class BenchRecipe:
     """`dpctl bench`: what is measured, how often, and with how many samples the quality is judged.
 
+    * `baselines`: backends that only the baseline is measured on, beside `backends`: what else could be done with it.
+    * `fewer_steps`: measure the baseline also with so few steps that it takes a candidate's time.
+    * `precision`: of what is exported for the measurement.
     * `features`: an ONNX network for FID and KID; the embedded one without.
     * `real_images`: images that it compares with, or the `.npz` of statistics that an earlier run made of them.
     * `clip`: a directory with the CLIP model that compares pictures and prompts.
@@ -159,6 +162,9 @@ class BenchRecipe:
     baseline: str = "reference"
     candidates: tuple[str, ...] = ()
     backends: tuple[str, ...] = ("eager", "ort")
+    baselines: tuple[str, ...] = ("eager", "compiled")
+    fewer_steps: bool = True
+    precision: str = "fp32"
     batch_sizes: tuple[int, ...] = (1, 8)
     num_inference_steps: tuple[int, ...] = (20,)
     scheduler: str = "ddim"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dpctl import artifact
 from dpctl.artifact import Manifest
-from dpctl.bench.result import FILE, BenchResult, Model, read_result
+from dpctl.bench.document import FILE, read_result
+from dpctl.bench.result import BenchResult, Model
 from dpctl.report.page import interval, judged
 from dpctl.units import count, percent
 

@@ -96,7 +96,7 @@ def test_an_arm_is_measured_once_and_is_the_model_of_its_recipe(
     arms = json.loads(first)["arms"]
     assert list(arms) == ["unpruned", "magnitude"]
     assert set(arms["unpruned"]["figures"]) == {"fid", "kid"}
-    assert set(arms["magnitude"]["figures"]) == {"fid", "kid", "ssim"}
+    assert set(arms["magnitude"]["figures"]) == {"fid", "kid", "psnr", "ssim"}
     recipe = script.recipe_of("magnitude", {})
     assert recipe is not None
     assert not arms["magnitude"]["compensated"]

@@ -21,13 +21,16 @@ import numpy as np
 from dpctl import progress
 from dpctl.bench import quality, subjects
 from dpctl.bench.process import Worker
-from dpctl.bench.result import EAGER, Model
+from dpctl.bench.quality import Samples
+from dpctl.bench.result import INEXACT, FewerSteps, Model
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
 
 if TYPE_CHECKING:
-    from dpctl.bench import Run
+    from dpctl.bench.measuring import Run
 
+# What runs the weights themselves is slower than an engine.
+OWN_WEIGHTS = ("eager", "compiled")
 # How often a waiting process looks: a wait inside the store would hear no signal and log every second.
 LOOK_EVERY_S = 0.2
 # How long the first process stays for the others to read that it is done, where the store ends with it.
@@ -179,23 +182,38 @@ def draw_samples(
     out: Path,
     bar: progress.Bar,
     processes: Crew | None = None,
-) -> list[tuple[str, str, int, str]]:
-    """Draw every model's samples on one backend; return (model, backend, steps, file below `out`).
+    fewer: Sequence[FewerSteps] = (),
+) -> list[Samples]:
+    """Draw every model's samples on one backend, the baseline's at fewer steps too, and every approximation's.
 
     One backend is enough where its parity with torch has passed: an engine then, since it is faster.
     """
-    drawn: list[tuple[str, str, int, str]] = []
+    drawn: list[Samples] = []
     if recipe.samples == 0:
         return drawn
     processes = processes or Crew()
-    with bar("sample", recipe.samples * len(models) * len(recipe.num_inference_steps)) as advance:
+    shortened = {each.fewer: each.num_inference_steps for each in fewer}
+    wanted = dict[int, int | None].fromkeys(recipe.num_inference_steps)
+    extra = {steps: instead for steps, instead in shortened.items() if steps not in wanted}
+    inexact = [run for run in runs if run.entry.backend in INEXACT and run.failure is None]
+    count = len(models) * len(wanted) + len(extra) + len(inexact) * len(wanted)
+    with bar("sample", recipe.samples * count) as advance:
         for position, model in enumerate(models):
-            able = [run for run in runs if run.entry.model is model and run.failure is None]
-            for run in sorted(able, key=lambda run: run.entry.backend == EAGER):
-                files = {n: f"samples/{position}-{n}-steps.npz" for n in recipe.num_inference_steps}
-                if all(_draw(run, recipe, n, out, file, processes, advance) for n, file in files.items()):
-                    drawn += [(model.name, run.entry.backend, n, file) for n, file in files.items()]
+            able = [run for run in runs if run.entry.model is model and run not in inexact and run.failure is None]
+            asked = wanted | (extra if position == 0 else {})
+            for run in sorted(able, key=lambda run: run.entry.backend in OWN_WEIGHTS):
+                found = [
+                    Samples(model.name, run.entry.backend, n, f"samples/{position}-{n}-steps.npz", instead)
+                    for n, instead in asked.items()
+                ]
+                if all(_draw(run, recipe, s.num_inference_steps, out, s.file, processes, advance) for s in found):
+                    drawn += found
                     break
+        for run in inexact:
+            position, backend = models.index(run.entry.model), run.entry.backend
+            for n in wanted:
+                each = Samples(run.entry.model.name, backend, n, f"samples/{position}-{n}-steps-{backend}.npz")
+                drawn += [each] if _draw(run, recipe, n, out, each.file, processes, advance) else []
     return drawn
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,19 @@ from dpctl.progress import Advance, Bar, silent
 from dpctl.recipe import BenchRecipe
 
 METRICS = "dpctl.bench.metrics"
+
+
+class Samples(NamedTuple):
+    """Pictures of one model on one backend, and the file below the output that holds them.
+
+    The baseline at fewer steps is compared with itself at `instead_of`.
+    """
+
+    model: str
+    backend: str
+    num_inference_steps: int
+    file: str
+    instead_of: int | None = None
 
 
 def check(recipe: BenchRecipe) -> None:
@@ -63,7 +77,7 @@ def judge(drawn: Drawn) -> tuple[dict[str, Figure], dict[str, str]]:
 
 
 def assess(
-    samples: Sequence[tuple[str, str, int, str]],
+    samples: Sequence[Samples],
     out: Path,
     baseline: str,
     space: FeatureSpace | None,
@@ -72,17 +86,20 @@ def assess(
     clip: str | None = None,
     advance: Advance = silent,
 ) -> tuple[Quality, ...]:
-    """Judge every (model, backend, steps, file below `out`) against the baseline's samples of the same steps.
+    """Judge all samples, each against the baseline's own of the same steps.
 
     Prompt i is that of picture i of every model; `clip` is the directory of the CLIP model that compares the two.
     """
-    images = {(model, steps): load_samples(out / file) for model, _, steps, file in samples}
+    # The first of the baseline's at a number of steps are its own: approximations come after them.
+    own: dict[int, np.ndarray] = {}
     found = []
-    for model, backend, steps, file in samples:
-        theirs = None if model == baseline else images.get((baseline, steps))
-        figures, left_out = judge(
-            Drawn(images[model, steps], theirs, space, prompts, None if clip is None else Path(clip))
-        )
-        found.append(Quality(model, backend, steps, file, figures, left_out))
-        advance(1, model=model)
+    for each in samples:
+        images, steps = load_samples(out / each.file), each.num_inference_steps
+        first = each.model == baseline and each.instead_of is None and steps not in own
+        if first:
+            own[steps] = images
+        theirs = None if first else own.get(each.instead_of or steps)
+        figures, left_out = judge(Drawn(images, theirs, space, prompts, None if clip is None else Path(clip)))
+        found.append(Quality(*each[:4], figures, left_out))
+        advance(1, model=each.model)
     return tuple(found)

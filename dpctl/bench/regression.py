@@ -15,8 +15,9 @@ import numpy as np
 
 from dpctl import units
 from dpctl.bench.compare import RESAMPLES, interval
+from dpctl.bench.document import read_result
 from dpctl.bench.metrics import Figure
-from dpctl.bench.result import EAGER, BenchResult, Condition, Quality, Row, Turn, read_result
+from dpctl.bench.result import EAGER, BenchResult, Condition, Quality, Row, Turn
 from dpctl.bench.stability import FEWEST_ROUNDS
 from dpctl.errors import DpctlError, GateError
 

@@ -6,21 +6,20 @@ Names carry SI units (`latency_s`, `peak_memory_bytes`). `bench.json` is `BenchR
 
 import dataclasses
 import json
-import types
-import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dpctl.bench.compare import Estimate, Percentiles, interval, paired_ratio, percentiles
 from dpctl.bench.metrics import Figure
-from dpctl.errors import DpctlError
 
-SCHEMA_VERSION = 2
-FILE = "bench.json"
+SCHEMA_VERSION = 3
 EAGER = "eager"
-_NEW_IN_2: dict[str, Any] = {"widths": {}, "sensitivity": None}
+# Backends that do not compute the whole network at every call.
+INEXACT = frozenset({"deepcache"})
+# The part of `Turn.parts_s` that is the network's.
+DENOISER = "denoiser"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,9 @@ class Condition:
 class Turn:
     """One batch of images drawn by one subject. Round 0 warms up and is in no statistic.
 
-    `latency_s` is the whole batch from noise to pictures; `network_latency_s` is the network's part of each step.
+    `latency_s` is the whole batch from noise to pictures; `network_latency_s` is the network's part of each call.
+    `parts_s` splits the latency over text encoder, denoiser, scheduler, VAE and the rest; `energy_j` is what the GPU
+    took meanwhile. Guidance doubles the network's batch.
     """
 
     round: int
@@ -44,6 +45,9 @@ class Turn:
     latency_s: float
     step_latency_s: tuple[float, ...]
     network_latency_s: tuple[float, ...]
+    parts_s: dict[str, float] = field(default_factory=dict)
+    network_batch_size: int | None = None
+    energy_j: float | None = None
 
     @property
     def condition(self) -> Condition:
@@ -53,10 +57,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak resident memory while drawing one batch, beyond what the imported libraries take."""
+    """Peak memory while drawing one batch, beyond what the imported libraries take: resident, and the device's."""
 
     batch_size: int
     peak_memory_bytes: int
+    peak_device_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model on one backend, with everything that was measured of it; `failure` says why it stopped early."""
+    """One model on one backend, with everything that was measured of it; `failure` says why it stopped early.
+
+    `first_image_latency_s` is from the request to open the model to its first picture (the smallest batch), what the
+    backend builds on the way included; `build_latency_s` is what was built before, an engine.
+    """
 
     model: str
     backend: str
@@ -94,6 +103,9 @@ class Subject:
     memory: tuple[Memory, ...]
     turns: tuple[Turn, ...]
     failure: str | None = None
+    precision: str = "fp32"
+    first_image_latency_s: float | None = None
+    build_latency_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -118,12 +130,24 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class FewerSteps:
+    """The baseline with so few steps that it takes about the time of a candidate at `num_inference_steps`."""
+
+    candidate: str
+    backend: str
+    num_inference_steps: int
+    fewer: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table: a subject under one condition, all derived.
 
     `latency_s` is of one batch. `pruning` is the speed-up over the baseline on the same backend, `total` that over the
     baseline on eager; for the baseline itself `total` is therefore the backend's part. Both are medians
-    of paired ratios.
+    of paired ratios. `instead_of` is the number of steps in whose place the baseline takes fewer: its ratios are over
+    the baseline at that number. `parts` are the shares of the latency; `ceiling` is how many times faster the whole
+    image could be if the network took no time. `light` is the network's FLOP/s over those of a large matrix product.
     """
 
     model: str
@@ -137,11 +161,20 @@ class Row:
     peak_memory_bytes: int | None
     pruning: Estimate | None
     total: Estimate | None
+    instead_of: int | None
+    peak_device_memory_bytes: int | None
+    parts: dict[str, float]
+    ceiling: float | None
+    light: float | None
+    energy_j_per_image: float | None
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything of one benchmark run; `models[0]` is the baseline."""
+    """Everything of one benchmark run; `models[0]` is the baseline.
+
+    `peak_flops` are the FLOP/s of a large matrix product in float32 with the subjects' threads, one reading a round.
+    """
 
     schema_version: int
     created: str
@@ -154,6 +187,9 @@ class BenchResult:
     subjects: tuple[Subject, ...]
     quality: tuple[Quality, ...]
     warnings: tuple[str, ...] = ()
+    fewer_steps: tuple[FewerSteps, ...] = ()
+    peak_flops: tuple[float, ...] = ()
+    interrupted: bool = False
 
     @property
     def baseline(self) -> Model:
@@ -178,11 +214,17 @@ class BenchResult:
         """Return a subject, or None where that model was not run on that backend."""
         return next((s for s in self.subjects if (s.model, s.backend) == (model, backend)), None)
 
-    def speed_up(self, subject: Subject, over: Subject | None, condition: Condition) -> Estimate | None:
-        """Return how many times faster `subject` is than `over`: the median of the ratios of rounds that both took."""
-        if over is None or over is subject:
+    def speed_up(
+        self, subject: Subject, over: Subject | None, condition: Condition, their_steps: int | None = None
+    ) -> Estimate | None:
+        """Return how many times faster `subject` is than `over`: the median of the ratios of rounds that both took.
+
+        `over` takes `their_steps` (default: as many).
+        """
+        their_steps = their_steps or condition.num_inference_steps
+        if over is None or (over is subject and their_steps == condition.num_inference_steps):
             return None
-        ours, theirs = subject.measured(condition), over.measured(condition)
+        ours, theirs = subject.measured(condition), over.measured(Condition(condition.batch_size, their_steps))
         rounds = sorted(ours.keys() & theirs.keys())
         if not rounds:
             return None
@@ -190,20 +232,34 @@ class BenchResult:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The table's lines: by number of steps and batch size, subjects in the order they were asked for."""
+        """The table's lines: by number of steps and batch size, subjects in the order they were asked for.
+
+        Each block ends with the baseline at fewer steps.
+        """
         return tuple(
-            self._row(subject, condition)
+            self._row(subject, Condition(condition.batch_size, taken), instead_of)
             for condition in self.conditions
-            for subject in self.subjects
-            if subject.measured(condition)
+            for subject, taken, instead_of in self._lines(condition)
+            if subject.measured(Condition(condition.batch_size, taken))
         )
 
-    def _row(self, subject: Subject, condition: Condition) -> Row:
+    def _lines(self, condition: Condition) -> Iterator[tuple[Subject, int, int | None]]:
+        """Yield who is in a condition's block, with the steps that are taken and those in whose place they are."""
+        asked = condition.num_inference_steps
+        yield from ((subject, asked, None) for subject in self.subjects)
+        fewer = {(f.backend, f.fewer) for f in self.fewer_steps if f.num_inference_steps == asked}
+        for backend, steps in sorted(fewer):
+            subject = self.subject(self.baseline.name, backend)
+            if subject is not None and steps not in self.recipe["num_inference_steps"]:
+                yield subject, steps, asked
+
+    def _row(self, subject: Subject, condition: Condition, instead_of: int | None) -> Row:
         turns = list(subject.measured(condition).values())
         latency = percentiles([turn.latency_s for turn in turns])
         whole = sum(turn.latency_s for turn in turns)
-        memory = {m.batch_size: m.peak_memory_bytes for m in subject.memory}
+        memory = {m.batch_size: m for m in subject.memory}.get(condition.batch_size)
         same, eager = (self.subject(self.baseline.name, backend) for backend in (subject.backend, EAGER))
+        share = sum(sum(turn.network_latency_s) for turn in turns) / whole
         return Row(
             model=subject.model,
             backend=subject.backend,
@@ -212,16 +268,38 @@ class BenchResult:
             latency_s=latency,
             step_latency_s=percentiles([step for turn in turns for step in turn.step_latency_s]),
             images_per_second=condition.batch_size / latency.p50,
-            network_share=sum(sum(turn.network_latency_s) for turn in turns) / whole,
-            peak_memory_bytes=memory.get(condition.batch_size),
-            pruning=self.speed_up(subject, same, condition),
-            total=self.speed_up(subject, eager, condition),
+            network_share=share,
+            peak_memory_bytes=None if memory is None else memory.peak_memory_bytes,
+            pruning=self.speed_up(subject, same, condition, instead_of),
+            total=self.speed_up(subject, eager, condition, instead_of),
+            instead_of=instead_of,
+            peak_device_memory_bytes=None if memory is None else memory.peak_device_memory_bytes,
+            parts={name: sum(turn.parts_s.get(name, 0.0) for turn in turns) / whole for name in turns[0].parts_s},
+            ceiling=1 / (1 - share) if share < 1 else None,
+            light=self._light(subject, turns),
+            energy_j_per_image=_median([turn.energy_j for turn in turns], condition.batch_size),
         )
+
+    def _light(self, subject: Subject, turns: Sequence[Turn]) -> float | None:
+        """Return the network's FLOP/s over the machine's; None where they are unlike (other precisions) or unknown."""
+        rows = turns[0].network_batch_size
+        if not self.peak_flops or rows is None or subject.precision != "fp32" or subject.backend in INEXACT:
+            return None
+        model = self.model(subject.model)
+        flops = 2 * (model.macs + model.attention_macs) * rows  # a multiplication and an addition each
+        call = percentiles([latency for turn in turns for latency in turn.network_latency_s]).p50
+        return flops / call / percentiles(self.peak_flops).p50
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the fields, and the derived summary."""
         summary = [dataclasses.asdict(row) for row in self.rows]
         return json.loads(json.dumps(dataclasses.asdict(self) | {"summary": summary}, allow_nan=False))
+
+
+def _median(values: Sequence[float | None], images: int) -> float | None:
+    """Return the median per image; None unless all of them are known."""
+    known = [value for value in values if value is not None]
+    return percentiles(known).p50 / images if known and len(known) == len(values) else None
 
 
 def difference(one: Figure, other: Figure) -> Estimate | None:
@@ -230,53 +308,3 @@ def difference(one: Figure, other: Figure) -> Estimate | None:
         return None
     low, high = interval([a - b for a, b in zip(one.replicates, other.replicates, strict=True)])
     return Estimate(one.value - other.value, low, high, one.count)
-
-
-def write_result(result: BenchResult, out: Path) -> None:
-    """Write bench.json into `out`: whole or not at all."""
-    temporary = out / f".{FILE}.writing"
-    temporary.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / FILE)
-
-
-def read_result(path: Path) -> BenchResult:
-    """Read a bench.json, strictly; a DpctlError says what is wrong with it."""
-    todo = "give a bench.json that this version of dpctl wrote, or measure again"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise DpctlError("the benchmark file cannot be read", f"{path}: {problem}", todo) from None
-    version = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
-    if version not in (1, SCHEMA_VERSION):
-        raise DpctlError("unknown benchmark format", f"{path}: schema_version {version!r}", todo)
-    values.pop("summary", None)
-    try:
-        if version == 1:
-            values |= {"schema_version": SCHEMA_VERSION, "models": [_NEW_IN_2 | model for model in values["models"]]}
-        return _build(BenchResult, values, "result")
-    except (KeyError, TypeError, ValueError) as problem:
-        raise DpctlError("the benchmark file is damaged", f"{path}: {problem}", todo) from None
-
-
-def _build(hint: Any, value: Any, where: str) -> Any:
-    """Make a value of the type `hint` from plain JSON; ValueError says where it does not fit."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _build(options[0], value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
-        unlike = sorted(hints.keys() ^ value.keys())
-        if unlike:
-            raise ValueError(f"{where}: entries missing or unknown: {', '.join(unlike)}")
-        return hint(**{name: _build(hints[name], inner, f"{where}.{name}") for name, inner in value.items()})  # type: ignore[operator]
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(options[0], inner, f"{where}[{i}]") for i, inner in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {name: _build(options[1], inner, f"{where}.{name}") for name, inner in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ValueError(f"{where}: {value!r} is no {hint}")

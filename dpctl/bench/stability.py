@@ -78,7 +78,9 @@ def with_warnings(result: BenchResult) -> BenchResult:
 
 def warnings(result: BenchResult) -> tuple[str, ...]:
     """Return what makes this result doubtful, each with what to do; empty for a quiet run."""
-    found = [*_machine(result.environment)]
+    found = [*_machine(result.environment), *_held_back(result.environment.get("gpu_states", {}))]
+    if result.interrupted:
+        found.append("interrupted: what was measured until then is here, the rest is missing; measure again")
     rounds = result.recipe["rounds"]
     if rounds < FEWEST_ROUNDS:
         found.append(f"only {rounds} rounds: the intervals are too narrow; measure with --rounds 20 or more")
@@ -100,6 +102,14 @@ def _machine(environment: dict[str, Any]) -> Iterable[str]:
         )
     if environment.get("governor") in ("powersave", "conservative"):
         yield f"the frequency governor is {environment['governor']}: set it to performance and measure again"
+
+
+def _held_back(states: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
+    """Say which subjects ran while something held the GPU's clocks back; one state stands for a round."""
+    for name, rounds in states.items():
+        reasons = sorted({reason for state in rounds for reason in state["held_back_by"]})
+        if reasons:
+            yield f"the GPU was held back while {name} ran ({', '.join(reasons)}): cool it, or lock its clocks"
 
 
 def _subject(result: BenchResult, subject: Subject, condition: Condition) -> Iterable[str]:

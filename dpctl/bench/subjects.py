@@ -1,5 +1,6 @@
 """What is measured: each model on each backend. What is not exported yet is exported into a cache first."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Entry:
     directory: Path
     runs_from: str
     refused: str | None = None
+    baseline: bool = False
 
     @property
     def name(self) -> str:
@@ -38,6 +40,13 @@ class Entry:
     def file_bytes(self) -> int:
         """Bytes of the weights or the graph that the backend reads."""
         return cost.file_bytes(self.directory)
+
+    @property
+    def build_latency_s(self) -> float | None:
+        """What the engine took to build; None for another backend, and where nothing says it."""
+        manifest = artifact.read_manifest(self.directory) if self.backend == ENGINES else None
+        built = [about["build_s"] for about in (manifest.stats.get("engines", {}) if manifest else {}).values()]
+        return float(built[0]) if len(built) == 1 else None
 
     @property
     def parity(self) -> dict[str, object] | None:
@@ -111,33 +120,46 @@ def prepare(
 
     `exported` are directories that may serve: one whose parent is the model, for all the batch sizes.
     """
-    return tuple(_entry(model, backend, recipe, exported, bar) for model in models for backend in recipe.backends)
+    more = [backend for backend in recipe.baselines if backend not in recipe.backends]
+    wanted = [(model, backend) for model in models for backend in recipe.backends]
+    wanted[len(recipe.backends) : len(recipe.backends)] = [(models[0], backend) for backend in more]
+    return tuple(
+        dataclasses.replace(_entry(*each, recipe, exported, bar), baseline=each[0] is models[0]) for each in wanted
+    )
 
 
 def _entry(model: Model, backend: str, recipe: BenchRecipe, exported: Sequence[Path], bar: progress.Bar) -> Entry:
     own = resolve(model.source)
-    if model.kind == "exported":
-        refused = "an exported directory holds no weights for torch" if _runs_weights(backend) else None
-        return Entry(model, backend, own, model.source, refused)
-    if _runs_weights(backend):
-        return Entry(model, backend, own, model.source)
+    runs_exported = registry.load(BACKENDS, backend, "backend").RUNS_EXPORTED
     largest = max(recipe.batch_sizes)
+    if model.kind == "exported":
+        refused = _beyond(own, largest) if runs_exported else "an exported directory holds no weights for torch"
+        return Entry(model, backend, own, model.source, refused)
+    if not runs_exported:
+        return Entry(model, backend, own, model.source)
     for directory in exported:
         manifest = artifact.read_manifest(directory)
-        if manifest is not None and _serves(manifest, model, largest, backend):
+        if manifest is not None and _serves(manifest, model, largest, backend, recipe.precision):
             return Entry(model, backend, directory, str(directory))
-    directory = (cached_engine if backend == ENGINES else cached_export)(model, largest, bar)
+    directory = (cached_engine if backend == ENGINES else cached_export)(model, largest, bar, recipe.precision)
     return Entry(model, backend, directory, f"exported for this measurement into {directory}")
 
 
-def _runs_weights(backend: str) -> bool:
-    """Tell whether a backend opens the model's own directory."""
-    return not registry.load(BACKENDS, backend, "backend").RUNS_EXPORTED
+def _beyond(directory: Path, largest: int) -> str | None:
+    """Say that a batch is larger than an exported directory takes, or return None."""
+    manifest = artifact.read_manifest(directory)
+    high = manifest.signature["batch"][2] if manifest is not None and manifest.signature else largest
+    if largest <= high:
+        return None
+    todo = f"export it again with --batch 1,{min(8, largest)},{largest}"
+    return f"it was exported for batches of {high} at most, and {largest} was asked for: {todo}"
 
 
-def _serves(manifest: Manifest, model: Model, largest: int, backend: str) -> bool:
+def _serves(manifest: Manifest, model: Model, largest: int, backend: str, precision: str) -> bool:
     """Tell whether a directory is an export of `model` for the backend, and takes batches of 1 to `largest`."""
     if backend == ENGINES and not manifest.stats.get("engines"):
+        return False
+    if manifest.recipe.get("precision") != precision:
         return False
     if manifest.kind != "exported" or manifest.parent != model.digest or manifest.signature is None:
         return False
@@ -145,38 +167,40 @@ def _serves(manifest: Manifest, model: Model, largest: int, backend: str) -> boo
     return bool(low == 1 and largest <= high)
 
 
-def cached_export(model: Model, largest: int, bar: progress.Bar) -> Path:
+def cached_export(model: Model, largest: int, bar: progress.Bar, precision: str = "fp32") -> Path:
     """Return an exported directory of `model` in the user's cache; export it there the first time."""
     from export.to_onnx import export_model
 
     high = max(largest, DRAWN_TOGETHER)
     versions = [environment.version(name) or "" for name in ("dpctl-diffusion", "torch", "onnx", "onnxscript")]
-    key = artifact.digest({"model": model.digest, "batch": str(high), "versions": " ".join(versions)})
+    key = artifact.digest(
+        {"model": model.digest, "batch": str(high), "versions": " ".join(versions), "precision": precision}
+    )
     directory = cache() / key[:32]
-    if not _intact(directory, model, largest, "ort"):
-        recipe = ExportRecipe(batch=(1, min(8, high), high))
+    if not _intact(directory, model, largest, "ort", precision):
+        recipe = ExportRecipe(precision=precision, batch=(1, min(8, high), high))
         export_model(load_model(model.source), directory, recipe, force=True, bar=bar)
     return directory
 
 
-def cached_engine(model: Model, largest: int, bar: progress.Bar) -> Path:
+def cached_engine(model: Model, largest: int, bar: progress.Bar, precision: str = "fp32") -> Path:
     """Return the same with an engine for the GPU here; a DpctlError without a GPU, before anything is exported."""
     from export.engines import export_engine
     from runtime.backends import trt
 
     gpu = trt.find_gpu(None)
-    source = cached_export(model, largest, bar)
+    source = cached_export(model, largest, bar, precision)
     versions = [environment.version(name) or "" for name in ("tensorrt", "tensorrt-rtx")]
     key = artifact.digest({"source": source.name, "gpu": trt.name_of(gpu), "versions": " ".join(versions)})
     directory = cache() / key[:32]
-    if not _intact(directory, model, largest, ENGINES):
+    if not _intact(directory, model, largest, ENGINES, precision):
         export_engine(source, directory, EngineRecipe(), force=True, bar=bar)
     return directory
 
 
-def _intact(directory: Path, model: Model, largest: int, backend: str) -> bool:
+def _intact(directory: Path, model: Model, largest: int, backend: str, precision: str) -> bool:
     manifest = artifact.read_manifest(directory) if directory.is_dir() else None
-    if manifest is None or not _serves(manifest, model, largest, backend):
+    if manifest is None or not _serves(manifest, model, largest, backend, precision):
         return False
     return artifact.hash_files(directory) == manifest.files
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dpctl import registry
+from dpctl.bench.gpu import Meter
+from dpctl.bench.light import peak_flops
 from dpctl.errors import DpctlError
 from dpctl.models import load_scheduler
 from runtime import BACKENDS, make_scheduler, sample
@@ -32,6 +34,7 @@ class TimedDenoiser:
         self.synchronize, self.memory = denoiser.synchronize, denoiser.memory
         self.began: list[float] = []
         self.ended: list[float] = []
+        self.rows: int | None = None
         self._denoiser = denoiser
 
     def __enter__(self) -> "TimedDenoiser":
@@ -40,6 +43,7 @@ class TimedDenoiser:
     def __exit__(self, *_: object) -> None: ...
 
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        self.rows = len(sample)
         self.began.append(time.perf_counter())
         output = self._denoiser(sample, timestep, **conditions)
         self.synchronize()
@@ -56,22 +60,42 @@ class Subject:
         getattr(module, "require", lambda: None)()  # imports the backend's library, or says what is missing
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
+        self._device_base = device_memory()
         reset = reset_peak()
         began = time.perf_counter()
         self._denoiser: Denoiser = module.open_denoiser(self._directory, threads=threads, device=None)
         self._scheduler = make_scheduler(scheduler, load_scheduler(self._directory).config)
+        self._meter = Meter(self._denoiser.device)
         self.opened = {
             "open_latency_s": time.perf_counter() - began,
             "base_memory_bytes": self._base,
             "open_peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base,
             "peak_is_reset": reset,
+            "precision": getattr(self._denoiser, "precision", "fp32"),
+            "device": str(self._denoiser.device),
         }
 
+    def first(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
+        """Draw the first pictures of this process; what the backend builds for a new shape is in the latency."""
+        began = time.perf_counter()
+        self._sample(range(batch_size), num_inference_steps)
+        return {"latency_s": time.perf_counter() - began}
+
     def memory(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
-        """Draw one batch and return the peak of resident memory meanwhile, beyond the imported libraries."""
+        """Draw one batch and return the peak of memory meanwhile, beyond the imported libraries.
+
+        The device's is what has gone of its free memory: allocators give nothing back while they run.
+        """
         reset_peak()
         self._sample(range(batch_size), num_inference_steps)
-        return {"peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base}
+        peak = {"peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base}
+        if self._denoiser.device.type == "cuda":
+            peak["peak_device_memory_bytes"] = device_memory() - self._device_base
+        return peak
+
+    def state(self) -> dict[str, Any]:
+        """Return what the GPU says of its clocks; nothing on the processor."""
+        return {"gpu": self._meter.state()}
 
     def turn(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
         """Draw one batch and return its latency, and of each step the whole and the network's part.
@@ -87,10 +111,14 @@ class Subject:
             timed.synchronize()
             marks.append(time.perf_counter())
 
+        before = self._meter.energy_j()
         began = time.perf_counter()
         self._sample(indices, num_inference_steps, timed, mark)
         ended = time.perf_counter()
+        after = self._meter.energy_j()
         return {
+            "energy_j": None if before is None or after is None else after - before,
+            "network_batch_size": timed.rows,
             "latency_s": ended - began,
             "step_latency_s": _durations([timed.began[0], *marks[:-1]], marks),
             "network_latency_s": _durations(timed.began, timed.ended),
@@ -117,6 +145,14 @@ def _durations(began: Sequence[float], ended: Sequence[float]) -> list[float]:
     return [round(after - before, 9) for before, after in zip(began, ended, strict=True)]
 
 
+def device_memory() -> int:
+    """Return the bytes that are taken of the GPU, by whomever; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def reset_peak() -> bool:
     """Set this process's peak of resident memory back to what it holds now; False where the system refuses."""
     try:
@@ -126,8 +162,16 @@ def reset_peak() -> bool:
     return True
 
 
+def light(threads: int) -> dict[str, Any]:
+    """Return the FLOP/s that the machine reaches now: the fastest of a few large products."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"flops": max(peak_flops(device, threads).flops_per_s)}
+
+
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "first": Subject.first,
     "memory": Subject.memory,
+    "state": Subject.state,
     "turn": Subject.turn,
     "draw": Subject.draw,
 }
@@ -140,7 +184,10 @@ def serve(requests: TextIO, replies: TextIO) -> None:
         request = json.loads(line)
         what = request.pop("what")
         try:
-            if what == "open":
+            answer: dict[str, Any]
+            if what == "light":
+                answer = light(**request)
+            elif what == "open":
                 subject = Subject(**request)
                 answer = subject.opened
             else:

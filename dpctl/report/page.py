@@ -341,6 +341,9 @@ def repeat_command(result: BenchResult) -> str:
         "--num-inference-steps": joined("num_inference_steps"),
         **{f"--{name}": str(recipe[name]) for name in ("scheduler", "rounds", "samples", "seed")},
         "--threads": str(result.threads),
+        "--precision": recipe.get("precision", "fp32"),
+        "--baselines": ",".join(recipe.get("baselines", ())),
     }
     words = ["dpctl", "bench", recipe["baseline"], *recipe["candidates"], "--out", "report"]
-    return shlex.join([*words, *(word for pair in options.items() for word in pair)])
+    flags = ["--fewer-steps" if recipe.get("fewer_steps") else "--no-fewer-steps"]
+    return shlex.join([*words, *(word for pair in options.items() for word in pair), *flags])

@@ -18,9 +18,10 @@ from torch.distributed import HashStore
 
 from dpctl import bench
 from dpctl.bench import drawing
+from dpctl.bench.document import read_result
 from dpctl.bench.drawing import Crew, own_gpu
 from dpctl.bench.quality import load_samples
-from dpctl.bench.result import BenchResult, read_result
+from dpctl.bench.result import BenchResult
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
 

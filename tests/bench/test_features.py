@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from dpctl import bench
+from dpctl.bench.document import read_result
 from dpctl.bench.metrics import Drawn, LeftOut, fid, kid
 from dpctl.bench.metrics._features import ABOUT, FeatureSpace, resized
 from dpctl.bench.metrics._real import STATISTICS, open_space
 from dpctl.bench.quality import judge
-from dpctl.bench.result import read_result
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
 

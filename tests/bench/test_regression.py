@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from dpctl import cli
+from dpctl.bench.document import read_result, write_result
 from dpctl.bench.metrics import Figure, figure
 from dpctl.bench.regression import Change, Comparison, compare
-from dpctl.bench.result import BenchResult, Memory, Quality, read_result, write_result
+from dpctl.bench.result import BenchResult, Memory, Quality
 from dpctl.errors import DpctlError
 from dpctl.report.regression import verdict
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Condition, read_result, write_result
+from dpctl.bench.document import read_result, write_result
+from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Condition
 from dpctl.errors import DpctlError
 
 Make = Callable[..., BenchResult]

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from dpctl import bench
-from dpctl.bench import subjects
+from dpctl.bench import measuring, subjects
+from dpctl.bench.document import read_result
 from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.quality import load_samples
-from dpctl.bench.result import BenchResult, Condition, read_result
+from dpctl.bench.result import BenchResult, Condition, FewerSteps
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe, to_dict
 
-SMALL = BenchRecipe(batch_sizes=(1, 2), num_inference_steps=(2,), rounds=2, samples=5, threads=1)
+SMALL = BenchRecipe(batch_sizes=(1, 2), num_inference_steps=(2,), rounds=2, samples=5, threads=1, baselines=())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_worker_that_dies_is_named_and_the_others_are_kept(
     result = bench.run_bench(recipe, tmp_path)
     whole, dead = result.subjects
     assert whole.failure is None
-    assert len(whole.turns) == 6
+    assert len([turn for turn in whole.turns if turn.round > 0]) == 4
     assert "SIGKILL" in (dead.failure or "")
     assert {turn.round for turn in dead.turns} == {0}
     assert [row.model for row in result.rows] == ["tiny", "tiny"]
@@ -171,3 +172,54 @@ def test_what_cannot_be_measured_is_refused_at_once(
     with pytest.raises(DpctlError, match=said):
         bench.run_bench(dataclasses.replace(SMALL, **{"baseline": str(tiny)} | change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_baseline_is_measured_on_more_backends_and_with_fewer_steps(
+    tiny: Path, toy_space: FeatureSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A candidate that always takes half of the baseline's time, so that a number of steps is known.
+    monkeypatch.setattr(measuring.Run, "warm", lambda run, _: 1.0 if run.entry.baseline else 0.5)
+    recipe = dataclasses.replace(
+        SMALL, baseline=str(tiny), candidates=(str(tiny),), backends=("eager",), num_inference_steps=(4,)
+    )
+    result = bench.run_bench(
+        dataclasses.replace(recipe, batch_sizes=(1,), baselines=("eager",)), tmp_path, space=toy_space
+    )
+    assert result.fewer_steps == (FewerSteps("tiny (2)", "eager", 4, 2),)
+    rows = [(row.model, row.num_inference_steps, row.instead_of) for row in result.rows]
+    assert rows == [("tiny", 4, None), ("tiny (2)", 4, None), ("tiny", 2, 4)]
+    assert result.rows[2].pruning is not None
+    assert [(q.model, q.num_inference_steps) for q in result.quality] == [("tiny", 4), ("tiny", 2), ("tiny (2)", 4)]
+    # The same network draws the same pictures, and with half of the steps others.
+    assert result.quality[2].figures["ssim"].value == pytest.approx(1)
+    assert result.quality[1].figures["ssim"].value < 0.999
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    tiny: Path, toy_space: FeatureSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = measuring.Run.turn
+
+    def interrupted(self: measuring.Run, number: int, condition: Condition) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        turn(self, number, condition)
+
+    monkeypatch.setattr(measuring.Run, "turn", interrupted)
+    recipe = dataclasses.replace(SMALL, baseline=str(tiny), candidates=(str(tiny),), backends=("eager",))
+    result = bench.run_bench(recipe, tmp_path, space=toy_space)
+    assert result.interrupted
+    assert read_result(tmp_path / "bench.json") == result
+    assert all({turn.round for turn in subject.turns} == {0, 1} for subject in result.subjects)
+    assert (result.quality, len(result.rows)) == ((), 4)
+    assert any("interrupted" in warning for warning in result.warnings)
+
+
+def test_a_batch_beyond_an_export_is_refused_before_it_runs(tiny: Path, exported: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        SMALL, baseline=str(tiny), candidates=(str(exported),), backends=("eager", "ort"), batch_sizes=(1, 4096)
+    )
+    entries = subjects.prepare(
+        dataclasses.replace(recipe, backends=("ort",)), subjects.describe(recipe)[1:], (), bench.progress.no_bar
+    )
+    assert [entry.refused is not None and "batches of 64 at most" in entry.refused for entry in entries] == [True]

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from dpctl import cost
-from dpctl.bench import order, subjects
+from dpctl.bench import subjects
+from dpctl.bench.measuring import order
 from dpctl.errors import DpctlError
 from dpctl.progress import no_bar
 from dpctl.prune import prune

@@ -16,7 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from dpctl import report
-from dpctl.bench.result import BenchResult, read_result, write_result
+from dpctl.bench.document import read_result, write_result
+from dpctl.bench.result import BenchResult
 from dpctl.report import page
 
 Make = Callable[..., BenchResult]
