@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpctl import registry
+from dpctl.bench.light import peak_flops
 from dpctl.errors import DpctlError
 from dpctl.models import load_scheduler
 from runtime import BACKENDS, make_scheduler, sample
@@ -51,8 +53,8 @@ class Subject:
     """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
 
     def __init__(self, directory: str, backend: str, scheduler: str, threads: int, seed: int) -> None:
-        self._directory, self._seed = Path(directory), seed
-        module = registry.load(BACKENDS, backend, "backend")
+        self._directory, self._seed, self._threads = Path(directory), seed, threads
+        self._module = module = registry.load(BACKENDS, backend, "backend")
         getattr(module, "require", lambda: None)()  # imports the backend's library, or says what is missing
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
@@ -102,6 +104,20 @@ class Subject:
         np.save(file, ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
         return {}
 
+    def profile(self, batch_size: int, runs: int) -> dict[str, Any]:
+        """Return the time of every layer in one forward pass; None where the backend has no profiler.
+
+        It opens the model a second time: ask when the memory has been measured, and not between turns.
+        """
+        take = getattr(self._module, "profile", None)
+        asked: dict[str, Any] = {"threads": self._threads, "batch_size": batch_size, "runs": runs}
+        layers = take(self._directory, device=str(self._denoiser.device), **asked) if take is not None else None
+        return {"layers": None if layers is None else [asdict(layer) for layer in layers]}
+
+    def light(self, dtype: str = "float32") -> dict[str, Any]:
+        """Measure what a large matrix product reaches on the device of the network, now."""
+        return asdict(peak_flops(str(self._denoiser.device), self._threads, dtype))
+
     def _sample(
         self,
         indices: Sequence[int],
@@ -130,6 +146,8 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "memory": Subject.memory,
     "turn": Subject.turn,
     "draw": Subject.draw,
+    "profile": Subject.profile,
+    "light": Subject.light,
 }
 
 

@@ -1,5 +1,6 @@
 """Profiles: every layer of the network occurs under its module's name, whichever backend tells of it."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpctl import cost
+import runtime
+from dpctl import cost, registry
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
 from dpctl.signature import of_unet
@@ -102,6 +104,13 @@ def test_ort_does_not_profile_a_gpu(exported_directory: Path, monkeypatch: pytes
 def test_profiles_refuse_a_batch_that_was_not_exported(exported_directory: Path) -> None:
     with pytest.raises(DpctlError, match="exported for 1 to 4"):
         ort.profile(exported_directory, batch_size=5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "ort"])
+def test_a_profile_has_the_documented_door(backend: str) -> None:
+    module = registry.load(runtime.BACKENDS, backend, "backend")
+    wanted = ["directory", "threads", "device", "batch_size", "runs"]
+    assert list(inspect.signature(module.profile).parameters) == wanted
 
 
 # --- what they have in common -------------------------------------------------------------------------------------
