@@ -106,7 +106,7 @@ def test_profiles_refuse_a_batch_that_was_not_exported(exported_directory: Path)
         ort.profile(exported_directory, batch_size=5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "ort"])
+@pytest.mark.parametrize("backend", ["eager", "ort", "trt"])
 def test_a_profile_has_the_documented_door(backend: str) -> None:
     module = registry.load(runtime.BACKENDS, backend, "backend")
     wanted = ["directory", "threads", "device", "batch_size", "runs"]
