@@ -60,15 +60,27 @@ def without_weights(unet: Any) -> Any:
 
 def macs(unet: Any) -> Macs:
     """Count the MACs of one forward pass at batch 1 at the model's own size."""
-    modules = dict(unet.named_modules())
     where = positions(unet)
-    linear = sum(n * modules[name].weight.numel() for name, n in where.items())
-    attention = sum(
-        2 * where[f"{name}.to_q"] * where[f"{name}.to_k"] * module.to_q.out_features
-        for name, module in modules.items()
+    return Macs(linear=sum(_linear(unet, where).values()), attention=sum(_attention(unet, where).values()))
+
+
+def macs_by_module(unet: Any) -> dict[str, int]:
+    """Return module path -> its MACs: of layers, and of attention blocks the two products. Together they are `macs`."""
+    where = positions(unet)
+    return _linear(unet, where) | _attention(unet, where)
+
+
+def _linear(unet: Any, where: dict[str, int]) -> dict[str, int]:
+    modules = dict(unet.named_modules())
+    return {name: n * modules[name].weight.numel() for name, n in where.items()}
+
+
+def _attention(unet: Any, where: dict[str, int]) -> dict[str, int]:
+    return {
+        name: 2 * where[f"{name}.to_q"] * where[f"{name}.to_k"] * module.to_q.out_features
+        for name, module in unet.named_modules()
         if f"{name}.to_q" in where and f"{name}.to_k" in where
-    )
-    return Macs(linear=linear, attention=attention)
+    }
 
 
 def is_layer(module: nn.Module) -> bool:

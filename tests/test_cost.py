@@ -62,6 +62,23 @@ def test_macs_of_a_slim_network_are_torchs(toy_unet: Any) -> None:
     assert found.attention == cost.macs(toy_unet).attention * 40 // 64  # heads of 16 became heads of 10
 
 
+def test_macs_by_module_are_the_whole(families: dict[str, Callable[..., Any]]) -> None:
+    for name, make in families.items():
+        unet = make()
+        found, whole = cost.macs_by_module(unet), cost.macs(unet)
+        assert sum(found.values()) == whole.linear + whole.attention, name
+        assert all(found.values()), name
+        assert found.keys() <= dict(unet.named_modules()).keys(), name
+
+
+def test_macs_of_one_module_are_its_own(toy_unet: Any) -> None:
+    found = cost.macs_by_module(toy_unet)
+    assert found["conv_in"] == 8 * 8 * toy_unet.conv_in.weight.numel()
+    (attention,) = [name for name in found if name == "mid_block.attentions.0"]
+    tokens, width = 4 * 4, toy_unet.mid_block.attentions[0].to_q.out_features
+    assert found[attention] == 2 * tokens**2 * width
+
+
 def test_the_count_does_not_depend_on_device_or_precision(toy_unet: Any) -> None:
     expected = cost.stats(toy_unet)
     assert cost.stats(toy_unet.to(torch.bfloat16)) == expected

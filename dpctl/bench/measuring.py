@@ -11,11 +11,13 @@ from dpctl.bench.process import QUIET, Worker
 from dpctl.bench.result import Condition, FewerSteps, Memory, Subject, Turn
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
+from runtime.layers import LayerTime
 
 # Turns of the warm-up: until two in a row take about the same time, but not for ever.
 FEWEST_WARM_UPS, MOST_WARM_UPS, STEADY = 2, 6, 0.1
 # Steps of the memory pass: the peak is reached in the first ones, or by a scheduler that keeps a few outputs.
 MEMORY_STEPS = 4
+PROFILED_PASSES = 10
 
 
 class Run:
@@ -28,6 +30,7 @@ class Run:
         self.first: float | None = None
         self.memory: list[Memory] = []
         self.turns: list[Turn] = []
+        self.layers: tuple[LayerTime, ...] = ()
         self.worker = None if entry.refused else stack.enter_context(Worker(entry.name, threads))
 
     def ask(self, what: str, **request: Any) -> dict[str, Any] | None:
@@ -93,6 +96,7 @@ class Run:
             precision=self.opened.get("precision", "fp32"),
             first_image_latency_s=self.first,
             build_latency_s=self.entry.build_latency_s,
+            layers=self.layers,
         )
 
 
@@ -123,6 +127,7 @@ class Measurement:
             before = stability.clock(pids)
             try:
                 self._turns(bar)
+                self._profiles(bar)
             finally:
                 self.around |= {
                     "load_average_after": stability.load_average(),
@@ -150,6 +155,17 @@ class Measurement:
             for number in range(1, self.recipe.rounds + 1):
                 self.peak_flops.append(self._machine.ask("light", threads=self.threads)["flops"])
                 self._round(number, asked, advance)
+
+    def _profiles(self, bar: progress.Bar) -> None:
+        """Take the layers' times of every model on the backends that all share."""
+        runs = [run for run in self.runs if run.entry.backend in self.recipe.backends]
+        with bar("profile", len(runs)) as advance:
+            for run in runs:
+                asked = {"batch_size": min(self.recipe.batch_sizes), "runs": PROFILED_PASSES}
+                answer = run.ask("profile", **asked)
+                if answer is not None and answer["layers"] is not None:
+                    run.layers = tuple(LayerTime(**layer) for layer in answer["layers"])
+                advance(1, subject=run.entry.name)
 
     def _round(self, number: int, asked: dict[int, list[Condition]], advance: progress.Advance) -> None:
         """Let every subject take its turns of a round, condition by condition."""

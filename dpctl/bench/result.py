@@ -12,7 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from dpctl.bench.compare import Estimate, Percentiles, interval, paired_ratio, percentiles
+from dpctl.bench.layers import Comparison, compare
 from dpctl.bench.metrics import Figure
+from runtime.layers import LayerTime
 
 SCHEMA_VERSION = 3
 EAGER = "eager"
@@ -69,6 +71,7 @@ class Model:
     """One model as it is on disk; MACs are of one forward pass at batch 1, attention's products beside them.
 
     `widths` has (before, after) of every group, and `sensitivity` the scan, as far as the manifest tells.
+    `module_macs` are the MACs by module path.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Model:
     lineage: tuple[dict[str, Any], ...]
     widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sensitivity: dict[str, Any] | None = None
+    module_macs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class Subject:
     """One model on one backend, with everything that was measured of it; `failure` says why it stopped early.
 
     `first_image_latency_s` is from the request to open the model to its first picture (the smallest batch), what the
-    backend builds on the way included; `build_latency_s` is what was built before, an engine.
+    backend builds on the way included; `build_latency_s` is what was built before, an engine. `layers` are one forward
+    pass of the smallest batch by module, as the backend's own profiler tells it.
     """
 
     model: str
@@ -106,6 +111,7 @@ class Subject:
     precision: str = "fp32"
     first_image_latency_s: float | None = None
     build_latency_s: float | None = None
+    layers: tuple[LayerTime, ...] = ()
 
     @property
     def name(self) -> str:
@@ -229,6 +235,13 @@ class BenchResult:
         if not rounds:
             return None
         return paired_ratio([theirs[r].latency_s for r in rounds], [ours[r].latency_s for r in rounds])
+
+    def layers(self, model: str, backend: str) -> Comparison | None:
+        """Return a model's layers beside the baseline's on the same backend, where both have been profiled."""
+        ours, theirs = self.subject(model, backend), self.subject(self.baseline.name, backend)
+        if ours is None or theirs is None or ours is theirs or not (ours.layers and theirs.layers):
+            return None
+        return compare(theirs.layers, ours.layers, self.baseline.module_macs, self.model(model).module_macs)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:

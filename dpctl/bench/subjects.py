@@ -10,7 +10,7 @@ from dpctl import artifact, cost, environment, progress, registry
 from dpctl.artifact import Manifest
 from dpctl.bench.result import Model
 from dpctl.errors import DpctlError
-from dpctl.models import load_model, resolve
+from dpctl.models import build_unet, load_model, read_config, resolve
 from dpctl.recipe import BenchRecipe, EngineRecipe, ExportRecipe
 from runtime import BACKENDS
 
@@ -102,7 +102,16 @@ def _describe(name: str, source: str, directory: Path) -> Model:
         lineage=() if manifest is None else _lineage(manifest),
         widths={name: tuple(pair) for name, pair in stats.get("widths", {}).items()},
         sensitivity=stats.get("sensitivity"),
+        module_macs=_module_macs(directory),
     )
+
+
+def _module_macs(directory: Path) -> dict[str, int]:
+    """Count the MACs by module, from the config alone: an exported directory has no weights for torch."""
+    import torch
+
+    with torch.device("meta"):
+        return cost.macs_by_module(build_unet(read_config(directory)))
 
 
 def _lineage(manifest: Manifest) -> tuple[dict[str, object], ...]:
@@ -220,8 +229,6 @@ def largest_batch(entry: Entry, count: int) -> int:
 
 def shape(model: Model) -> tuple[int, int, int]:
     """Return channels, height and width of the pictures that a model draws."""
-    from dpctl.models import read_config
-
     config = read_config(resolve(model.source))
     config = config.get("base_config", config)
     size = config.get("sample_size")

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,8 +56,8 @@ class Subject:
     """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
 
     def __init__(self, directory: str, backend: str, scheduler: str, threads: int, seed: int) -> None:
-        self._directory, self._seed = Path(directory), seed
-        module = registry.load(BACKENDS, backend, "backend")
+        self._directory, self._seed, self._threads = Path(directory), seed, threads
+        self._module = module = registry.load(BACKENDS, backend, "backend")
         getattr(module, "require", lambda: None)()  # imports the backend's library, or says what is missing
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
@@ -130,6 +131,16 @@ class Subject:
         np.save(file, ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
         return {}
 
+    def profile(self, batch_size: int, runs: int) -> dict[str, Any]:
+        """Return the time of every layer in one forward pass; None where the backend has no profiler.
+
+        It opens the model a second time: ask when the memory has been measured, and not between turns.
+        """
+        take = getattr(self._module, "profile", None)
+        asked: dict[str, Any] = {"threads": self._threads, "batch_size": batch_size, "runs": runs}
+        layers = take(self._directory, device=str(self._denoiser.device), **asked) if take is not None else None
+        return {"layers": None if layers is None else [asdict(layer) for layer in layers]}
+
     def _sample(
         self,
         indices: Sequence[int],
@@ -174,6 +185,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "state": Subject.state,
     "turn": Subject.turn,
     "draw": Subject.draw,
+    "profile": Subject.profile,
 }
 
 

@@ -2,4 +2,5 @@
 
 Each has `open_denoiser(directory, *, threads, device)` and says in RUNS_EXPORTED whether it takes exported directories,
 then also with `failed=True`, for `dpctl verify`.
+Where it has a profiler: `profile(directory, *, threads, device, batch_size, runs)`, a tuple of LayerTime.
 """

@@ -1,6 +1,8 @@
 """ONNX Runtime over an exported directory: the processor, or a CUDA GPU, never the one in place of the other."""
 
+import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +16,18 @@ from dpctl import artifact, recorded
 from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.models import read_config
-from dpctl.signature import Signature
+from dpctl.signature import OUTPUT, Signature
 from runtime.denoiser import find_device, memory_used, synchronize
+from runtime.layers import LayerTime, layer_times, module_of, random_inputs
 
 RUNS_EXPORTED = True
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 GRAPH = re.compile(r"unet/model\.\w+\.onnx")
+# What ONNX Runtime's profiler adds to the name of a node.
+KERNEL = "_kernel_time"
+# The module that gives a UNet's output, where that is a convolution: so in every family.
+LAST = "conv_out"
 # As the graph declares them, for numpy's names (IO binding) and torch's.
 DECLARED = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 NUMPY = {"float32": np.float32, "int64": np.int64}
@@ -68,6 +75,10 @@ class OrtDenoiser:
     def memory(self) -> dict[str, int]:
         return memory_used(self.device)
 
+    def end_profiling(self) -> Path:
+        """Stop ONNX Runtime's own profiler and return the file that it wrote."""
+        return Path(self._session.end_profiling())
+
 
 def open_denoiser(
     directory: Path, *, threads: int | None = None, device: str | None = None, failed: bool = False
@@ -87,14 +98,63 @@ def open_denoiser(
     return open_graph(directory, graph_of(directory, manifest), manifest, threads, target)
 
 
+def profile(
+    directory: Path, *, threads: int | None = None, device: str | None = None, batch_size: int = 1, runs: int = 10
+) -> tuple[LayerTime, ...]:
+    """Return the time of every module's kernels in one forward pass, as ONNX Runtime's own profiler tells it.
+
+    Raises a DpctlError for a GPU: there the profiler times the launches, not the kernels.
+    """
+    target = find_device(device)
+    if target.type != "cpu":
+        todo = "profile on the processor, or with the backends eager or trt"
+        raise DpctlError("ONNX Runtime's profiler does not time a GPU's kernels", str(target), todo)
+    require()
+    manifest = exported(directory)
+    refuse_failed(directory, manifest)
+    artifact.verify_files(directory, manifest)
+    graph = graph_of(directory, manifest)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_graph(directory, graph, manifest, threads, target, Path(folder) / "profile") as denoiser,
+    ):
+        inputs = random_inputs(denoiser.signature, denoiser.config, batch_size)
+        for _ in range(runs + 1):
+            denoiser(**inputs)
+        told = denoiser.end_profiling().read_text(encoding="utf-8")
+    return layer_times(_passes(json.loads(told))[1:])
+
+
+def _passes(events: Sequence[Mapping[str, Any]]) -> list[list[LayerTime]]:
+    """Return the kernels of every run, from the events of a profile (in microseconds)."""
+    passes: list[list[LayerTime]] = [[]]
+    for event in events:
+        if event["name"] == "model_run":
+            passes.append([])
+        elif event["cat"] == "Node" and event["name"].endswith(KERNEL):
+            node, kind = event["name"].removesuffix(KERNEL), event["args"]["op_name"]
+            # Kernels of its own layouts are named after what they give: the last layer, after the graph's output.
+            last = kind == "Conv" and node.startswith(OUTPUT)
+            passes[-1].append(LayerTime(LAST if last else module_of(node), kind, event["dur"] / 1e6))
+    return passes[:-1]  # a run is told of after its kernels
+
+
 def open_graph(
-    directory: Path, graph: Path, manifest: Manifest, threads: int | None, device: torch.device
+    directory: Path,
+    graph: Path,
+    manifest: Manifest,
+    threads: int | None,
+    device: torch.device,
+    profile: Path | None = None,
 ) -> OrtDenoiser:
-    """Open a graph in the place of an exported directory's own: one of the same signature."""
+    """Open a graph in the place of an exported directory's own: one of the same signature.
+
+    With `profile` every run is profiled, into a file whose name begins so.
+    """
     from diffusers.configuration_utils import FrozenDict
 
     signature = Signature.from_json(manifest.signature)
-    session = _session(require(device.type), graph, threads or torch.get_num_threads(), device)
+    session = _session(require(device.type), graph, threads or torch.get_num_threads(), device, profile)
     _check_tensors(session, signature, directory)
     return OrtDenoiser(session, signature, FrozenDict(read_config(directory)), device)
 
@@ -153,12 +213,17 @@ def graph_of(directory: Path, manifest: Manifest) -> Path:
     return directory / graphs[0]
 
 
-def _session(onnxruntime: ModuleType, graph: Path, threads: int, device: torch.device) -> Any:
+def _session(
+    onnxruntime: ModuleType, graph: Path, threads: int, device: torch.device, profile: Path | None = None
+) -> Any:
     provider = PROVIDERS[device.type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     # Threads may spin inside a run, as in production, but not after it: an idle subject of a bench
     # must not disturb the one that is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -1,7 +1,6 @@
 """TensorRT and TensorRT-RTX engines of an exported directory, on an NVIDIA GPU, in memory that torch owns."""
 
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Collection, Sequence
 from functools import cache
@@ -18,9 +17,12 @@ from dpctl.errors import DpctlError
 from dpctl.models import read_config
 from dpctl.signature import Signature
 from runtime import engine as engines
+from runtime.backends._rtx import cache_path, keep, settings_of
+from runtime.backends._trt_profile import named, profiler_of, read_layers
 from runtime.backends.ort import TORCH, exported, refuse_failed
 from runtime.denoiser import find_device, memory_used, synchronize
 from runtime.engine import NAMES, EngineManifest
+from runtime.layers import LayerTime, layer_times, random_inputs
 
 RUNS_EXPORTED = True
 EXTRAS = {"tensorrt": "gpu", "rtx": "rtx"}
@@ -69,18 +71,19 @@ class TrtDenoiser:
     """
 
     precision = "fp32"  # as the engine was built: TF32 is one of its own
+    layers: Path | None = None  # the engine's file of layers
 
     def __init__(
         self, library: ModuleType, engine: Any, signature: Signature, config: Any, device: torch.device, kept: Path
     ) -> None:
         self.device, self.dtype, self.config, self.signature = device, torch.float32, config, signature
-        self._library, self._engine, self._kept = library, engine, kept
+        self.library, self._engine, self._kept = library, engine, kept
         self._stream = torch.cuda.Stream(device)
         self._runs: dict[tuple[int, ...], Run] = {}
         self._bound: Run | None = None
-        self._scratch = self._shared = self._compiled = None
+        self._scratch = self._shared = self._compiled = self._profiler = None
         if hasattr(library, "IRuntimeCache"):
-            settings, self._compiled = _rtx_settings(library, engine, kept)
+            settings, self._compiled = settings_of(library, engine, kept)
             self._shared = _made(engine.create_execution_context(settings), library)
         else:
             size = max(ALIGNMENT, engine.device_memory_size_v2)
@@ -92,7 +95,7 @@ class TrtDenoiser:
     def __exit__(self, *_: object) -> None:
         self.synchronize()
         if self._compiled is not None:
-            _keep(self._compiled, self._kept)
+            keep(self._compiled, self._kept)
         # Graphs and contexts before the engine; then what torch holds of their memory goes back to the device.
         self._bound = None
         self._runs.clear()
@@ -134,7 +137,8 @@ class TrtDenoiser:
             self._runs[key] = Run(self._shared or self._context(), buffers, names)
             if self._shared is None:
                 self._runs[key].bind()
-                self._runs[key].capture(self._stream)
+                if self._profiler is None:
+                    self._runs[key].capture(self._stream)
         run = self._runs[key]
         if self._shared is not None and run is not self._bound:
             run.bind()
@@ -143,11 +147,22 @@ class TrtDenoiser:
 
     def _context(self) -> Any:
         """Return a new context that works in the shared scratch memory."""
-        managed = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = _made(self._engine.create_execution_context(managed), self._library)
+        managed = self.library.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = _made(self._engine.create_execution_context(managed), self.library)
         assert self._scratch is not None
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        if self._profiler is not None:
+            context.profiler = self._profiler
         return context
+
+    def profile_with(self, profiler: Any) -> None:
+        """Let a profiler see every run from now on, in new contexts and without CUDA graphs, which hide the layers."""
+        self._bound, self._profiler = None, profiler
+        self._runs.clear()
+        if self._shared is not None:
+            settings, self._compiled = settings_of(self.library, self._engine, self._kept, capture=False)
+            self._shared = _made(self._engine.create_execution_context(settings), self.library)
+            self._shared.profiler = profiler
 
     def synchronize(self) -> None:
         synchronize(self.device)
@@ -183,9 +198,32 @@ def open_denoiser(
         loaded = load(library, path, about)
         _check_tensors(library, loaded, signature, path)
         config = FrozenDict(read_config(directory))
-        denoiser = TrtDenoiser(library, loaded, signature, config, target, _cache_path(about, target))
-        denoiser.precision = about.precision
+        denoiser = TrtDenoiser(library, loaded, signature, config, target, cache_path(about, name_of(target)))
+        denoiser.precision, denoiser.layers = about.precision, engines.layers(path)
         return denoiser
+
+
+def profile(
+    directory: Path, *, threads: int | None = None, device: str | None = None, batch_size: int = 1, runs: int = 10
+) -> tuple[LayerTime, ...]:
+    """Return the time of every layer of the engine in one forward pass, as TensorRT's own profiler tells it.
+
+    Where the engine's file of layers says which nodes a layer computes, its name has their modules; a layer whose
+    nodes are not known has the name "".
+    """
+    with open_denoiser(directory, threads=threads, device=device) as denoiser:
+        inputs = random_inputs(denoiser.signature, denoiser.config, batch_size)
+        profiler, layers = profiler_of(denoiser.library), read_layers(denoiser.layers)
+        denoiser.profile_with(profiler)
+        passes = []
+        for _ in range(runs + 1):
+            profiler.told = []
+            denoiser(**inputs)
+            denoiser.synchronize()
+            passes.append(named(profiler.told, layers))
+    if not all(passes):
+        raise DpctlError("TensorRT's profiler told of no layer", str(directory), "profile with the backend ort")
+    return layer_times(passes[1:])
 
 
 def find_gpu(name: str | None) -> torch.device:
@@ -337,35 +375,3 @@ def _check_tensors(library: ModuleType, engine: Any, signature: Signature, path:
 def dynamic(shape: Sequence[str | int]) -> tuple[int, ...]:
     """Return a shape as TensorRT writes it: -1 for a dynamic axis."""
     return tuple(-1 if isinstance(axis, str) else axis for axis in shape)
-
-
-def _cache_path(about: EngineManifest, device: torch.device) -> Path:
-    """Return where the kernels compiled for an engine are kept: below $XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    gpu = artifact.digest({"engine": about.sha256, "gpu": name_of(device)})
-    return Path(base) / "dpctl" / "rtx" / f"{gpu[:32]}.cache"
-
-
-def _rtx_settings(library: ModuleType, engine: Any, kept: Path) -> tuple[Any, Any]:
-    """Return the configuration of a context and its cache of compiled kernels, filled from `kept` where that fits."""
-    settings = engine.create_runtime_config()
-    settings.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    # Compiled before the first run of a shape, not behind its back: an idle denoiser uses no processor time, and all
-    # runs but the first take equally long.
-    settings.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
-    compiled = settings.create_runtime_cache()
-    if kept.is_file():
-        compiled.deserialize(kept.read_bytes())  # False where it does not fit: then it is compiled again
-    settings.set_runtime_cache(compiled)
-    return settings, compiled
-
-
-def _keep(compiled: Any, kept: Path) -> None:
-    """Write the compiled kernels for the next start, whole or not at all; without room for them it is slower."""
-    temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(bytes(compiled.serialize()))
-        temporary.replace(kept)
-    except OSError:
-        temporary.unlink(missing_ok=True)

@@ -149,6 +149,7 @@ class Machine:
         self.graph, self.log = graph, list[str]()
         self.recording: list[Callable[[], None]] | None = None
         self.contexts: list[Any] = []
+        self.layers: list[tuple[str, float]] = []  # what a profiler is told of every run
         self.caller = Stream(self, "caller")
 
     def execute(self, context: "Context") -> bool:
@@ -239,12 +240,23 @@ def make_context(checked: Any, machine: Machine, signature: Signature) -> Callab
 
     def make(library: Any) -> Any:
         state = Context(machine, signature)
+
+        def execute(stream_handle: int) -> bool:
+            done = machine.execute(state)
+            profiler = context.__dict__["_does"].get("profiler")
+            if profiler is not None:
+                assert isinstance(profiler, library.IProfiler)
+                assert machine.recording is None  # a CUDA graph would hide the layers
+                for layer, milliseconds in machine.layers:
+                    profiler.report_layer_time(layer, milliseconds)
+            return done
+
         context = checked(
             library.IExecutionContext,
             set_input_shape=lambda name, shape: state.shapes.update({name: shape}) or True,
             set_tensor_address=lambda name, memory: state.addresses.update({name: memory}) or True,
             set_device_memory=lambda memory, size: setattr(state, "scratch", (memory, size)),
-            execute_async_v3=lambda stream_handle: machine.execute(state),
+            execute_async_v3=execute,
         )
         context.__dict__["state"] = state
         machine.contexts.append(context)

@@ -239,7 +239,7 @@ def test_a_version_compatible_engine_runs_under_the_lean_runtime(
     add_engine(with_engine, recipe, version="11.0.0.1")
     del sys.modules["tensorrt"]  # not needed
     with trt.open_denoiser(with_engine) as denoiser:
-        assert denoiser._library is sys.modules["tensorrt_lean"]
+        assert denoiser.library is sys.modules["tensorrt_lean"]
 
 
 def test_a_missing_library_names_the_extra(with_engine: Path, monkeypatch: pytest.MonkeyPatch, machine: Any) -> None:
@@ -299,6 +299,16 @@ def test_tensorrt_rtx_runs_in_one_context_that_captures_by_itself(
     assert asked.settings.cuda_graph_strategy == rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     kept = asked.settings.dynamic_shapes_kernel_specialization_strategy
     assert kept == rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+
+
+def test_tensorrt_rtx_is_profiled_without_its_capture(
+    rtx_directory: tuple[Path, SimpleNamespace], machine: Any
+) -> None:
+    directory, asked = rtx_directory
+    machine.layers = [("conv_in/Conv", 1.0)]
+    assert [layer.name for layer in trt.profile(directory, runs=1)] == ["conv_in"]
+    assert asked.settings.cuda_graph_strategy == rtx.CudaGraphStrategy.DISABLED
+    assert len(machine.contexts) == 2
 
 
 def test_compiled_kernels_are_kept_for_the_next_start(
