@@ -107,10 +107,12 @@ def test_ort_profiles_are_read_run_by_run() -> None:
     run = {"cat": "Session", "name": "model_run", "dur": 99, "args": {}}
     first = [node("a.conv/Conv_nchwc", "Conv", 4), node("ReorderOutput_token_9", "ReorderOutput", 2), run]
     second = [node("out_sample_nchwc", "Conv", 8), node("a.conv/Add", "Add", 1), node("a.conv/Add_2", "Add", 3), run]
+    half = [node("InsertedPrecisionFreeCast_a.conv/Conv_nchwc", "Conv", 5), run]
     beside = [{"cat": "Session", "name": "session_initialization", "dur": 7, "args": {}}]
-    assert ort._passes([*beside, *first, *second]) == [
+    assert ort._passes([*beside, *first, *second, *half]) == [
         [LayerTime("a.conv", "Conv", 4e-6), LayerTime("", "ReorderOutput", 2e-6)],
         [LayerTime("conv_out", "Conv", 8e-6), LayerTime("a.conv", "Add", 1e-6), LayerTime("a.conv", "Add", 3e-6)],
+        [LayerTime("a.conv", "Conv", 5e-6)],
     ]
 
 
