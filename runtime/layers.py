@@ -29,7 +29,8 @@ class LayerTime:
 def layer_times(passes: Iterable[Iterable[LayerTime]]) -> tuple[LayerTime, ...]:
     """Return the median over passes of the time of every module and kind, in the order in which they first ran.
 
-    What ran several times in a pass is added up first; in a pass where something did not run it took no time.
+    What ran several times in a pass is added up first; in a pass where something did not run it took no time. Profiles
+    of several rounds are passes too: so two subjects can take turns.
     """
     sums: list[dict[tuple[str, str], float]] = []
     for each in passes:

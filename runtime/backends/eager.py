@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpctl.models import load_model
-from dpctl.signature import CLOCKS, of_unet
+from dpctl.signature import CLOCKS, PRUNED, of_unet
 from runtime.denoiser import find_device, memory_used, synchronize
 from runtime.layers import LayerTime, layer_times, random_inputs
 from runtime.network import Network
@@ -97,7 +97,7 @@ class Tape:
         self._open: list[tuple[str, str]] = []
         self._hooks = []
         for name, module in network.named_modules():
-            who = (name, type(module).__name__)
+            who = (name, type(module).__name__.removeprefix(PRUNED))
             self._hooks += [
                 module.register_forward_pre_hook(self._enter(who)),
                 module.register_forward_hook(self._leave, always_call=True),

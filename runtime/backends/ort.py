@@ -26,6 +26,8 @@ EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 GRAPH = re.compile(r"unet/model\.\w+\.onnx")
 # What ONNX Runtime's profiler adds to the name of a node.
 KERNEL = "_kernel_time"
+# What a cast of its own, and a kernel that gives what is cast, have before it: it has few kernels in half precision.
+CAST = re.compile(r"^Inserted(PrecisionFree)?Cast_")
 # The module that gives a UNet's output, where that is a convolution: so in every family.
 LAST = "conv_out"
 # As the graph declares them, for numpy's names (IO binding) and torch's.
@@ -132,7 +134,7 @@ def _passes(events: Sequence[Mapping[str, Any]]) -> list[list[LayerTime]]:
         if event["name"] == "model_run":
             passes.append([])
         elif event["cat"] == "Node" and event["name"].endswith(KERNEL):
-            node, kind = event["name"].removesuffix(KERNEL), event["args"]["op_name"]
+            node, kind = CAST.sub("", event["name"].removesuffix(KERNEL)), event["args"]["op_name"]
             # Kernels of its own layouts are named after what they give: the last layer, after the graph's output.
             last = kind == "Conv" and node.startswith(OUTPUT)
             passes[-1].append(LayerTime(LAST if last else module_of(node), kind, event["dur"] / 1e6))

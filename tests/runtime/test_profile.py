@@ -16,6 +16,16 @@ from dpctl.signature import of_unet
 from runtime.backends import eager, ort
 from runtime.layers import LayerTime, layer_times, module_of, modules_of, random_inputs
 
+PROFILED = [
+    name
+    for name in registry.names(runtime.BACKENDS)
+    if hasattr(registry.load(runtime.BACKENDS, name, "backend"), "profile")
+]
+
+
+def test_these_have_a_profiler() -> None:
+    assert {"eager", "ort", "trt"} <= set(PROFILED)
+
 
 @pytest.fixture(scope="module")
 def layers(model_directory: Path) -> set[str]:
@@ -55,9 +65,29 @@ def test_eager_times_add_up_to_the_whole_pass(model_directory: Path) -> None:
     assert one.latency_s == pytest.approx(sum(part.latency_s for part in acts))
 
 
-def test_ort_tells_of_every_layer(
-    exported_directory: Path, layers: set[str], model_directory: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pruned_network_is_of_the_same_kind(model_directory: Path) -> None:
+    with eager.open_denoiser(model_directory) as denoiser:
+        unet = denoiser._network.unet
+        unet.__class__ = type("PrunedUNet2DModel", (type(unet),), {})
+        tape = eager.Tape(unet, denoiser.device)
+        parts = tape.record(lambda: denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1)))
+    assert {part.kind for part in parts if part.name == ""} == {"UNet2DModel"}
+
+
+@pytest.mark.parametrize("backend", [name for name in PROFILED if name not in ("eager", "trt")])
+def test_an_engine_tells_of_every_layer(
+    backend: str, exported_directory: Path, layers: set[str], model_directory: Path
 ) -> None:
+    found = registry.load(runtime.BACKENDS, backend, "backend").profile(
+        exported_directory, threads=1, batch_size=2, runs=3
+    )
+    modules = {name for name, _ in load_model(model_directory).unet.named_modules()}
+    assert layers <= {layer.name for layer in found} <= modules
+    assert all(layer.latency_s >= 0 for layer in found)
+    assert any(layer.latency_s > 0 for layer in found)
+
+
+def test_ort_runs_the_batch_as_often_as_asked(exported_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     call = ort.OrtDenoiser.__call__
     monkeypatch.setattr(
@@ -65,13 +95,9 @@ def test_ort_tells_of_every_layer(
     )
     found = ort.profile(exported_directory, threads=1, batch_size=2, runs=3)
     assert asked == [2] * 4  # one of them warms up
-    modules = {name for name, _ in load_model(model_directory).unet.named_modules()}
-    assert layers <= {layer.name for layer in found} <= modules
     kinds = {layer.name: layer.kind for layer in found if layer.kind in ("Conv", "Gemm")}
     assert kinds["mid_block.resnets.0.conv1"] == "Conv"
     assert kinds["time_embedding.linear_1"] == "Gemm"
-    assert all(layer.latency_s >= 0 for layer in found)
-    assert any(layer.latency_s > 0 for layer in found)
 
 
 def test_ort_profiles_are_read_run_by_run() -> None:
@@ -81,10 +107,12 @@ def test_ort_profiles_are_read_run_by_run() -> None:
     run = {"cat": "Session", "name": "model_run", "dur": 99, "args": {}}
     first = [node("a.conv/Conv_nchwc", "Conv", 4), node("ReorderOutput_token_9", "ReorderOutput", 2), run]
     second = [node("out_sample_nchwc", "Conv", 8), node("a.conv/Add", "Add", 1), node("a.conv/Add_2", "Add", 3), run]
+    half = [node("InsertedPrecisionFreeCast_a.conv/Conv_nchwc", "Conv", 5), run]
     beside = [{"cat": "Session", "name": "session_initialization", "dur": 7, "args": {}}]
-    assert ort._passes([*beside, *first, *second]) == [
+    assert ort._passes([*beside, *first, *second, *half]) == [
         [LayerTime("a.conv", "Conv", 4e-6), LayerTime("", "ReorderOutput", 2e-6)],
         [LayerTime("conv_out", "Conv", 8e-6), LayerTime("a.conv", "Add", 1e-6), LayerTime("a.conv", "Add", 3e-6)],
+        [LayerTime("a.conv", "Conv", 5e-6)],
     ]
 
 
@@ -106,7 +134,7 @@ def test_profiles_refuse_a_batch_that_was_not_exported(exported_directory: Path)
         ort.profile(exported_directory, batch_size=5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "ort", "trt"])
+@pytest.mark.parametrize("backend", PROFILED)
 def test_a_profile_has_the_documented_door(backend: str) -> None:
     module = registry.load(runtime.BACKENDS, backend, "backend")
     wanted = ["directory", "threads", "device", "batch_size", "runs"]
