@@ -1,4 +1,4 @@
-"""OpenVINO over an exported directory, on the processor, in float32."""
+"""OpenVINO over an exported directory, on the processor, in the precision of its graph."""
 
 from pathlib import Path
 from types import ModuleType
@@ -79,8 +79,8 @@ def open_denoiser(
 ) -> OvDenoiser:
     """Open an exported directory after checking it against its manifest.
 
-    Raises a DpctlError as the ort backend does, and for a device other than the processor. A graph in half precision
-    is computed in float32 too: its weights are what is rounded.
+    Raises a DpctlError as the ort backend does, and for a device other than the processor. A graph in float16 is
+    computed in float32, so that its weights are what is rounded; one in bfloat16 as it says, where the processor can.
     """
     from diffusers.configuration_utils import FrozenDict
 
