@@ -228,7 +228,7 @@ def refit(
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="An exported directory.", show_default=False)],
-    backend: Annotated[str, typer.Option(help="What runs it: ort or trt.")] = "ort",
+    backend: Annotated[str, typer.Option(help="What runs it: ort, ov or trt.")] = "ort",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default=False)] = None,
     json_: options.Json = False,
 ) -> None:
@@ -269,7 +269,9 @@ def sample(
     count: Annotated[int, typer.Option(help="Number of images.")] = 16,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     scheduler: options.SchedulerOption = "ddim",
-    backend: Annotated[str, typer.Option(help="eager or ort; auto takes what the directory is made for.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="eager, compiled, ort, ov or trt; auto takes what the directory is made for.")
+    ] = "auto",
     batch_size: options.BatchSize = 16,
     seed: options.Seed = 0,
     prompt: options.Prompt = None,

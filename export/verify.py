@@ -274,7 +274,7 @@ def opened(
 
     module = registry.load(BACKENDS, backend, "backend")
     if not module.RUNS_EXPORTED:
-        raise DpctlError("this backend does not run exported directories", backend, "verify with ort or trt")
+        raise DpctlError("this backend does not run exported directories", backend, "verify with ort, ov or trt")
     manifest = ort.exported(path)
     precision = (manifest.parity or {}).get("precision", FP32)
     if backend != "ort" or precision == FP32 or find_device(device).type != "cpu":
