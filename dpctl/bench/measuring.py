@@ -40,13 +40,14 @@ class Run:
             self.failure = f"{problem.failed} ({problem.got}); {problem.todo}"
             return None
 
-    def open(self, recipe: BenchRecipe, threads: int) -> None:
+    def open(self, recipe: BenchRecipe, threads: int, prompts: Sequence[str] = ()) -> None:
         """Open the model in the fresh process, draw the first pictures, and take the peak of its memory.
 
         The memory of the smallest batch comes first: what a process has taken once it keeps.
         """
         asked = {"directory": str(self.entry.directory.absolute()), "backend": self.entry.backend}
-        self.opening = asked | {"scheduler": recipe.scheduler, "threads": threads, "seed": recipe.seed}
+        drawn = {"scheduler": recipe.scheduler, "prompts": list(prompts), "guidance_scale": recipe.guidance_scale}
+        self.opening = asked | drawn | {"threads": threads, "seed": recipe.seed}
         self.opened = self.ask("open", **self.opening) or {}
         sizes, few = sorted(recipe.batch_sizes), min(recipe.num_inference_steps)
         first = self.ask("first", batch_size=sizes[0], num_inference_steps=few)
@@ -103,8 +104,10 @@ class Measurement:
     processor can do at best.
     """
 
-    def __init__(self, runs: Sequence[Run], machine: Worker, recipe: BenchRecipe, threads: int) -> None:
-        self.runs, self.recipe, self.threads = runs, recipe, threads
+    def __init__(
+        self, runs: Sequence[Run], machine: Worker, recipe: BenchRecipe, threads: int, prompts: Sequence[str] = ()
+    ) -> None:
+        self.runs, self.recipe, self.threads, self.prompts = runs, recipe, threads, prompts
         self.around: dict[str, Any] = {}
         self.fewer: list[FewerSteps] = []
         self.peak_flops: list[float] = []
@@ -116,7 +119,7 @@ class Measurement:
         try:
             with bar("open", len(self.runs)) as advance:
                 for run in self.runs:
-                    run.open(self.recipe, self.threads)
+                    run.open(self.recipe, self.threads, self.prompts)
                     advance(1, subject=run.entry.name)
             pids = [self._machine.pid, *(run.worker.pid for run in self.runs if run.worker is not None)]
             self.around = {"load_average_before": stability.load_average(), "workers": QUIET}
