@@ -1,6 +1,7 @@
 """Whole images of every kind of model: the images are those of the pipeline, and the times are arithmetic."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import runtime
-from dpctl import bench
+from dpctl import bench, cli
+from dpctl.artifact import MANIFEST
 from dpctl.bench import painter, subjects
 from dpctl.bench.document import read_result
 from dpctl.bench.painter import Painter, Times, Watch, ceiling, open_painter, read_prompts
@@ -201,14 +203,33 @@ def test_batches_are_counted_in_images(directories: dict[str, Path], tmp_path: P
     three = BenchRecipe(baseline=str(directories["sd"]), backends=("ort",), baselines=(), batch_sizes=(1, 3))
     (entry,) = subjects.prepare(three, subjects.describe(three), [tmp_path / "sd-exported"], bench.progress.no_bar)
     assert entry.directory == tmp_path / "sd-exported"
-    assert subjects.largest_batch(entry, 100) == 3
     brush = opened(entry.directory, "ort")
     images, times = brush.timed(range(3), STEPS)
     assert times.network_batch_size == 6
     torch.testing.assert_close(images, opened(directories["sd"]).paint(range(3), STEPS), rtol=1e-3, atol=1e-3)
+    assert [subjects.largest_batch(entry, count) for count in (2, 100)] == [2, 3]
     own = BenchRecipe(baseline=str(entry.directory), backends=("ort",), baselines=(), batch_sizes=(4,))
     (beyond,) = subjects.prepare(own, subjects.describe(own), [], bench.progress.no_bar)
     assert "batches of 3 at most, and 4 was asked for" in (beyond.refused or "")
+    told = (entry.directory / MANIFEST).read_text()
+    (entry.directory / MANIFEST).write_text(json.dumps(json.loads(told) | {"signature": {"batch": "many"}}))
+    with pytest.raises(DpctlError, match="what the manifest records of the export cannot be read"):
+        subjects.prepare(three, subjects.describe(three), [entry.directory], bench.progress.no_bar)
+
+
+def test_the_command_line_takes_prompts(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    models, out = [str(directories["ldm"])] * 2, str(tmp_path / "out")
+    asked = {("--prompts", str(tmp_path / "prompts.txt")): "takes no text", ("--guidance-scale", "2"): "towards a text"}
+    for more, said in asked.items():
+        monkeypatch.setattr("sys.argv", ["dpctl", "bench", *models, "--out", out, *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1
+        assert said in capfd.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_pipelines_are_measured_as_a_whole(directories: dict[str, Path], toy_clip: Path, tmp_path: Path) -> None:
