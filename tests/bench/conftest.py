@@ -170,9 +170,10 @@ def _decoder(kind: Any, **changed: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory, families: dict[str, Callable[..., Any]]) -> dict[str, Path]:
-    """Directories of pipelines with a VAE, by kind: latents of 8x8, pictures of 16x16."""
+    """Directories of pipelines with a VAE, by kind: latents of 8x8, pictures of 16x16 (ldm-text: 64x64)."""
     import diffusers
     import torch
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     folder = tmp_path_factory.mktemp("pipelines")
@@ -193,4 +194,16 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, families: dict[str, Call
         unet = diffusers.UNet2DModel(**LATENTS, **kinds, in_channels=3, out_channels=3, add_attention=False)
         vqvae = _decoder(diffusers.VQModel, latent_channels=3, num_vq_embeddings=16)
         diffusers.LDMPipeline(vqvae=vqvae, unet=unet.eval(), scheduler=scheduler).save_pretrained(folder / "ldm")
-    return {kind: folder / kind for kind in ("sd", "sdxl", "ldm")}
+        sizes = {
+            "d_model": 24,
+            "encoder_layers": 1,
+            "encoder_ffn_dim": 32,
+            "encoder_attention_heads": 2,
+            "head_dim": 12,
+        }
+        bert = LDMBertModel(LDMBertConfig(vocab_size=100, max_position_embeddings=77, pad_token_id=0, **sizes))
+        levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        eighth = _decoder(diffusers.AutoencoderKL, block_out_channels=(8,) * 4, **levels)  # it divides sizes by 8
+        parts = {"vqvae": eighth, "bert": bert.eval(), "tokenizer": words, "unet": small, "scheduler": scheduler}
+        diffusers.LDMTextToImagePipeline(**parts).save_pretrained(folder / "ldm-text")
+    return {kind: folder / kind for kind in ("sd", "sdxl", "ldm", "ldm-text")}
