@@ -31,6 +31,8 @@ def bench(
     features: options.Features = BENCH.features,
     real_images: options.RealImages = BENCH.real_images,
     clip: options.Clip = BENCH.clip,
+    prompts: options.Prompts = BENCH.prompts,
+    guidance_scale: options.GuidanceScale = BENCH.guidance_scale,
     threads: Annotated[int | None, typer.Option(help="Processor threads of every subject.")] = BENCH.threads,
     seed: options.Seed = BENCH.seed,
     force: options.Force = False,
@@ -54,6 +56,8 @@ def bench(
         features=features,
         real_images=real_images,
         clip=clip,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
     )
     from dpctl import chain
 

@@ -20,6 +20,7 @@ from dpctl.errors import DpctlError
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
 INDEX = "model_index.json"
+DECODERS = ("vae", "vqvae")  # their entries in it
 LOSSES = "losses.json"  # of every step of a training, beside what it trained
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -105,6 +106,12 @@ def read_index(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DpctlError("not a pipeline", f"{directory} has no {INDEX}", "give a diffusers pipeline directory")
     return _read_object(path, "the pipeline's index")
+
+
+def decoder_of(directory: Path) -> str | None:
+    """Return the name of a pipeline's VAE, which is its folder's; None where the network itself draws pictures."""
+    index = read_index(directory) if (directory / INDEX).is_file() else {}
+    return next((name for name in DECODERS if index.get(name) not in (None, [None, None])), None)
 
 
 def load_scheduler(directory: Path) -> Any:

@@ -46,6 +46,12 @@ GuidanceScale = Annotated[
         "--guidance-scale", help="How strongly the prompt guides; default: the pipeline's.", show_default=False
     ),
 ]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts", help="A text file with what text-conditional models are to draw, one per line.", show_default=False
+    ),
+]
 MaxRegression = Annotated[
     float | None,
     typer.Option(

@@ -157,6 +157,8 @@ class BenchRecipe:
     * `features`: an ONNX network for FID and KID; the embedded one without.
     * `real_images`: images that it compares with, or the `.npz` of statistics that an earlier run made of them.
     * `clip`: a directory with the CLIP model that compares pictures and prompts.
+    * `prompts`: a text file, one prompt per line: image i shows prompt i modulo their number.
+    * `guidance_scale`: how strongly they guide; the pipeline's own default without.
     """
 
     baseline: str = "reference"
@@ -175,6 +177,8 @@ class BenchRecipe:
     features: str | None = None
     real_images: str | None = None
     clip: str | None = None
+    prompts: str | None = None
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`dpctl sample`: images from any model or exported directory, as a grid and one PNG each."""
 
-import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 from dpctl import artifact, progress
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
-from dpctl.models import INDEX, load_scheduler, read_index, resolve
+from dpctl.models import decoder_of, load_scheduler, resolve
 
 SAMPLES = "samples.json"
 
@@ -61,16 +60,11 @@ def sample_bytes(directory: Path, wish: Wish, bar: progress.Bar = progress.no_ba
     wish = replace(wish, backend=backend)
     if wish.prompt is None and wish.guidance_scale is not None:
         raise DpctlError("guidance is towards a text", f"--guidance-scale {wish.guidance_scale}", "give --prompt too")
-    if _has_decoder(directory):
+    if decoder_of(directory) is not None:
         return _from_pipeline(directory, wish, bar)
     if wish.prompt is not None:
         raise DpctlError("this model takes no text", str(directory), "leave --prompt out")
     return _from_loop(directory, wish, bar)
-
-
-def _has_decoder(directory: Path) -> bool:
-    index = read_index(directory) if (directory / INDEX).is_file() else {}
-    return any((index.get(name) or [None])[0] for name in ("vae", "vqvae"))
 
 
 def _from_loop(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
@@ -89,53 +83,32 @@ def _from_loop(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
 
 
 def _from_pipeline(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
-    import numpy as np
+    import torch
 
-    from runtime import image_generators, load_pipeline
-    from runtime.pipeline import pipeline_class
+    from runtime import load_pipeline
+    from runtime.pipeline import draw_images, hide_progress, pipeline_class
 
-    asked = _asked(pipeline_class(directory), wish)
-    _hide_progress()
+    _check_prompt(pipeline_class(directory), wish)
+    hide_progress()
     pipe = load_pipeline(directory, wish.backend, scheduler=wish.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    name = type(pipe).__name__
+    more: dict[str, Any] = {"num_inference_steps": wish.num_inference_steps, "guidance_scale": wish.guidance_scale}
     parts = []
     with pipe.unet, bar("sample", wish.count) as advance:
         for indices in _batches(wish):
-            number = {"batch_size": len(indices)} if wish.prompt is None else {"prompt": [wish.prompt] * len(indices)}
-            try:
-                images = pipe(**asked, **number, generator=image_generators(wish.seed, indices)).images
-            except ValueError as problem:  # how diffusers tells of steps and sizes that it cannot take
-                raise DpctlError("the pipeline refuses this", f"{name}: {problem}", "change what it names") from None
-            parts.append(images)
+            prompts = None if wish.prompt is None else [wish.prompt] * len(indices)
+            parts.append(draw_images(pipe, seed=wish.seed, indices=indices, prompts=prompts, **more))
             advance(len(indices))
-    found = np.concatenate(parts)
-    if not np.isfinite(found).all():
-        got = f"NaN or Inf after {wish.num_inference_steps} steps"
-        raise DpctlError("the images are not finite", got, "use another scheduler or number of steps")
-    return np.uint8((found * 255).round())
+    return to_bytes(torch.cat(parts))
 
 
-def _hide_progress() -> None:
-    """Leave the terminal to our own progress bar."""
-    import diffusers
+def _check_prompt(kind: Any, wish: Wish) -> None:
+    from runtime.pipeline import takes_text
 
-    diffusers.utils.logging.disable_progress_bar()
-    if diffusers.utils.is_transformers_available():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
-def _asked(kind: Any, wish: Wish) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call that are the same for every batch."""
-    takes = inspect.signature(kind.__call__).parameters
-    if wish.prompt is None and "prompt" in takes:
+    if wish.prompt is None and takes_text(kind):
         raise DpctlError("this model draws what a text says", kind.__name__, "give --prompt TEXT")
-    if wish.prompt is not None and "prompt" not in takes:
+    if wish.prompt is not None and not takes_text(kind):
         raise DpctlError("this model takes no text", kind.__name__, "leave --prompt out")
-    asked: dict[str, Any] = {"num_inference_steps": wish.num_inference_steps, "output_type": "np"}
-    return asked | ({"guidance_scale": wish.guidance_scale} if wish.guidance_scale is not None else {})
 
 
 def _batches(wish: Wish) -> Iterator[range]:

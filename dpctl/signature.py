@@ -214,6 +214,11 @@ def rows_of(config: Mapping[str, Any], images: tuple[int, int, int]) -> tuple[in
     return (low, 2 * best, 2 * high) if guided else images
 
 
+def images_of(config: Mapping[str, Any], rows: int) -> int:
+    """Return how many images fit into a batch of the UNet: the inverse of `rows_of`."""
+    return rows // rows_of(config, (1, 1, 1))[2]
+
+
 def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return (height, width) of a config's `sample_size`, which diffusers keeps as a number or a pair."""
     size = config.get("sample_size")

@@ -4,7 +4,8 @@ The network runs on its backend. Tokenizers, text encoders, VAE and scheduler ar
 float32 and on the backend's device; the graphs that `dpctl export --components` writes are for use without torch.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Self
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dpctl.errors import DpctlError
 from dpctl.models import read_index
 from runtime.denoiser import Denoiser
+from runtime.noise import image_generators
 
 # Of `added_cond_kwargs`: what the signature names. `image_embeds` and the like belong to IP-Adapter.
 ADDED = ("text_embeds", "time_ids")
@@ -46,6 +48,13 @@ class DenoiserUNet(nn.Module):
         """The network's config; pipelines replace `_internal_dict` where they mend one of an early diffusers."""
         return self._internal_dict
 
+    @property
+    def denoiser(self) -> Denoiser:
+        """What runs the network; a DpctlError once it is closed."""
+        if self._denoiser is None:
+            raise DpctlError("the network is closed", "a call after close()", "load the pipeline again")
+        return self._denoiser
+
     def forward(
         self,
         sample: Tensor,
@@ -67,12 +76,10 @@ class DenoiserUNet(nn.Module):
         named = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
         named |= {"timestep_cond": timestep_cond, **{name: added.pop(name, None) for name in ADDED}}
         self._refuse(others | {"cross_attention_kwargs": cross_attention_kwargs or None} | added)
-        if self._denoiser is None:
-            raise DpctlError("the network is closed", "a call after close()", "load the pipeline again")
         # float32, never whole numbers: Euler's timesteps are fractional. [B]
         steps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample)).contiguous()
         conditions = {name: value for name, value in named.items() if value is not None}
-        output = self._denoiser(sample, steps, **conditions).to(sample.dtype)
+        output = self.denoiser(sample, steps, **conditions).to(sample.dtype)
         return _output(output) if return_dict else (output,)
 
     def _refuse(self, inputs: Mapping[str, Any]) -> None:
@@ -184,3 +191,50 @@ def assemble(kind: Any, directory: Path, unet: DenoiserUNet) -> Any:
         raise DpctlError("the pipeline cannot be loaded", f"{directory}: {said}", todo) from None
     pipe.register_to_config(_name_or_path=str(directory))
     return pipe.to(unet.device)
+
+
+def takes_text(kind: Any) -> bool:
+    """Tell whether a class of pipelines draws what a text says."""
+    return "prompt" in inspect.signature(kind.__call__).parameters
+
+
+def draw_images(
+    pipe: Any,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    num_inference_steps: int,
+    prompts: Sequence[str] | None = None,
+    guidance_scale: float | None = None,
+) -> Tensor:
+    """Draw the images `indices` of `seed`: [B, C, H, W], float32 in [-1, 1], on the processor.
+
+    `prompts` has one for each, where the pipeline takes texts. Raises a DpctlError for steps and sizes that it cannot
+    take and for images that are not finite.
+    """
+    asked: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "np"}
+    asked |= {"batch_size": len(indices)} if prompts is None else {"prompt": list(prompts)}
+    asked |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    try:
+        # Latent diffusion scales its noise before it says how many steps there are: the last call's would count.
+        pipe.scheduler.set_timesteps(num_inference_steps)
+        found = pipe(**asked, generator=image_generators(seed, indices)).images
+    except ValueError as problem:  # how diffusers tells of steps and sizes that it cannot take
+        got = f"{type(pipe).__name__}: {problem}"
+        raise DpctlError("the pipeline refuses this", got, "change what it names") from None
+    images = torch.from_numpy(found).float().permute(0, 3, 1, 2) * 2 - 1
+    if not images.isfinite().all():
+        got = f"NaN or Inf after {num_inference_steps} steps"
+        raise DpctlError("the images are not finite", got, "use another scheduler or number of steps")
+    return images.contiguous()
+
+
+def hide_progress() -> None:
+    """Leave the terminal to our own progress bar."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpctl.errors import DpctlError
-from dpctl.signature import DTYPES, Signature, Tensor, of_unet, unet_arguments
+from dpctl.signature import DTYPES, Signature, Tensor, images_of, of_unet, rows_of, unet_arguments
 
 CONFIG: dict[str, Any] = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 2}
 
@@ -84,6 +84,16 @@ def test_check_returns_the_batch_of_fitting_shapes() -> None:
 def test_check_says_what_does_not_fit(shapes: dict[str, tuple[int, ...]], words: str) -> None:
     with pytest.raises(DpctlError, match=words):
         of_unet(CONFIG, (2, 2, 4)).check(shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "images"),
+    [({}, 6), ({"cross_attention_dim": 8}, 3), ({"cross_attention_dim": 8, "time_cond_proj_dim": 4}, 6)],
+)
+def test_guidance_takes_two_rows_for_each_image(config: dict[str, int], images: int) -> None:
+    assert images_of(config, 6) == images
+    assert rows_of(config, (1, 1, images))[2] == 6
+    assert images_of(config, 7) == images + (images == 6)
 
 
 DYNAMIC = of_unet(CONFIG | {"block_out_channels": (8, 8, 8)}, (2, 2, 4), (4, 8, 16))

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dpctl import environment, progress, registry
-from dpctl.bench import drawing, quality, stability, subjects
+from dpctl.bench import drawing, painter, quality, stability, subjects
 from dpctl.bench.document import write_result
 from dpctl.bench.measuring import Measurement, Run
 from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.process import Worker
 from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Model
 from dpctl.errors import DpctlError
+from dpctl.models import resolve
 from dpctl.recipe import BenchRecipe, to_dict
 from runtime import BACKENDS
 from runtime.schedulers import check_scheduler
@@ -43,6 +45,9 @@ def run_bench(
     """
     check(recipe)
     models = subjects.describe(recipe)
+    prompts = painter.read_prompts(Path(recipe.prompts)) if recipe.prompts is not None else ()
+    for model in models:
+        painter.check_prompts(resolve(model.source), prompts, recipe.guidance_scale)
     subjects.require_one_shape(models)
     threads = recipe.threads or default_threads()
     space = space or quality.feature_space(recipe, subjects.shape(models[0]), out, bar)
@@ -52,7 +57,7 @@ def run_bench(
     with ExitStack() as stack:
         machine = stack.enter_context(Worker("the machine", threads))
         runs = [Run(entry, threads, stack) for entry in entries]
-        measurement = Measurement(runs, machine, recipe, threads)
+        measurement = Measurement(runs, machine, recipe, threads, prompts)
         measurement.take(bar)
         if not any(run.turns for run in runs if run.entry.baseline):
             if measurement.interrupted:
@@ -60,7 +65,9 @@ def run_bench(
             raise nothing_measured(runs)
         samples = draw(measurement, models, out, bar, processes)
     with bar("judge", max(1, len(samples))) as advance:
-        judged = quality.assess(samples, out, models[0].name, space, clip=recipe.clip, advance=advance)
+        texts = tuple(prompts[index % len(prompts)] for index in range(recipe.samples)) if prompts else None
+        asked: dict[str, Any] = {"prompts": texts, "clip": recipe.clip}
+        judged = quality.assess(samples, out, models[0].name, space, **asked, advance=advance)
     result = BenchResult(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,13 +11,14 @@ from dpctl.bench.process import QUIET, Worker
 from dpctl.bench.result import Condition, FewerSteps, Memory, Subject, Turn
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
-from runtime.layers import LayerTime
+from runtime.layers import LayerTime, layer_times
 
 # Turns of the warm-up: until two in a row take about the same time, but not for ever.
 FEWEST_WARM_UPS, MOST_WARM_UPS, STEADY = 2, 6, 0.1
 # Steps of the memory pass: the peak is reached in the first ones, or by a scheduler that keeps a few outputs.
 MEMORY_STEPS = 4
-PROFILED_PASSES = 10
+# One layer may take several times as long while the machine is at something else: several rounds, and medians.
+PROFILED_ROUNDS, PROFILED_PASSES = 5, 3
 
 
 class Run:
@@ -43,13 +44,14 @@ class Run:
             self.failure = f"{problem.failed} ({problem.got}); {problem.todo}"
             return None
 
-    def open(self, recipe: BenchRecipe, threads: int) -> None:
+    def open(self, recipe: BenchRecipe, threads: int, prompts: Sequence[str] = ()) -> None:
         """Open the model in the fresh process, draw the first pictures, and take the peak of its memory.
 
         The memory of the smallest batch comes first: what a process has taken once it keeps.
         """
         asked = {"directory": str(self.entry.directory.absolute()), "backend": self.entry.backend}
-        self.opening = asked | {"scheduler": recipe.scheduler, "threads": threads, "seed": recipe.seed}
+        drawn = {"scheduler": recipe.scheduler, "prompts": list(prompts), "guidance_scale": recipe.guidance_scale}
+        self.opening = asked | drawn | {"threads": threads, "seed": recipe.seed}
         self.opened = self.ask("open", **self.opening) or {}
         sizes, few = sorted(recipe.batch_sizes), min(recipe.num_inference_steps)
         first = self.ask("first", batch_size=sizes[0], num_inference_steps=few)
@@ -107,8 +109,10 @@ class Measurement:
     processor can do at best.
     """
 
-    def __init__(self, runs: Sequence[Run], machine: Worker, recipe: BenchRecipe, threads: int) -> None:
-        self.runs, self.recipe, self.threads = runs, recipe, threads
+    def __init__(
+        self, runs: Sequence[Run], machine: Worker, recipe: BenchRecipe, threads: int, prompts: Sequence[str] = ()
+    ) -> None:
+        self.runs, self.recipe, self.threads, self.prompts = runs, recipe, threads, prompts
         self.around: dict[str, Any] = {}
         self.fewer: list[FewerSteps] = []
         self.peak_flops: list[float] = []
@@ -120,7 +124,7 @@ class Measurement:
         try:
             with bar("open", len(self.runs)) as advance:
                 for run in self.runs:
-                    run.open(self.recipe, self.threads)
+                    run.open(self.recipe, self.threads, self.prompts)
                     advance(1, subject=run.entry.name)
             pids = [self._machine.pid, *(run.worker.pid for run in self.runs if run.worker is not None)]
             self.around = {"load_average_before": stability.load_average(), "workers": QUIET}
@@ -157,15 +161,19 @@ class Measurement:
                 self._round(number, asked, advance)
 
     def _profiles(self, bar: progress.Bar) -> None:
-        """Take the layers' times of every model on the backends that all share."""
+        """Take the layers' times of every model on the backends that all share, in turns as well."""
         runs = [run for run in self.runs if run.entry.backend in self.recipe.backends]
-        with bar("profile", len(runs)) as advance:
-            for run in runs:
-                asked = {"batch_size": min(self.recipe.batch_sizes), "runs": PROFILED_PASSES}
-                answer = run.ask("profile", **asked)
-                if answer is not None and answer["layers"] is not None:
-                    run.layers = tuple(LayerTime(**layer) for layer in answer["layers"])
-                advance(1, subject=run.entry.name)
+        asked = {"batch_size": min(self.recipe.batch_sizes), "runs": PROFILED_PASSES}
+        taken: dict[int, list[tuple[LayerTime, ...]]] = {id(run): [] for run in runs}
+        with bar("profile", len(runs) * PROFILED_ROUNDS) as advance:
+            for number in range(PROFILED_ROUNDS if runs else 0):
+                for run in order(runs, number):
+                    answer = run.ask("profile", **asked)
+                    if answer is not None and answer["layers"] is not None:
+                        taken[id(run)].append(tuple(LayerTime(**layer) for layer in answer["layers"]))
+                    advance(1, subject=run.entry.name)
+        for run in runs:
+            run.layers = layer_times(taken[id(run)])
 
     def _round(self, number: int, asked: dict[int, list[Condition]], advance: progress.Advance) -> None:
         """Let every subject take its turns of a round, condition by condition."""

@@ -158,6 +158,7 @@ def facts(result: BenchResult) -> dict[str, Any]:
         "baseline": result.baseline.name,
         "the baseline's digest": result.baseline.digest,
         "scheduler": result.recipe.get("scheduler"),
+        "guidance scale": result.recipe.get("guidance_scale"),
         "threads": result.threads,
         **{name: environment.get(name) for name in MACHINE},
         "Python": python,

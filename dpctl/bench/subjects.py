@@ -10,9 +10,11 @@ from dpctl import artifact, cost, environment, progress, registry
 from dpctl.artifact import Manifest
 from dpctl.bench.result import Model
 from dpctl.errors import DpctlError
-from dpctl.models import build_unet, load_model, read_config, resolve
+from dpctl.models import build_unet, decoder_of, load_model, read_config, resolve
 from dpctl.recipe import BenchRecipe, EngineRecipe, ExportRecipe
+from dpctl.signature import Signature, images_of, sample_size
 from runtime import BACKENDS
+from runtime.backends import ort
 
 # Samples for the quality are drawn in batches of this size, where the exported range allows it.
 DRAWN_TOGETHER = 64
@@ -148,23 +150,32 @@ def _entry(model: Model, backend: str, recipe: BenchRecipe, exported: Sequence[P
         return Entry(model, backend, own, model.source)
     for directory in exported:
         manifest = artifact.read_manifest(directory)
-        if manifest is not None and _serves(manifest, model, largest, backend, recipe.precision):
+        if manifest is not None and _serves(directory, manifest, model, largest, backend, recipe.precision):
             return Entry(model, backend, directory, str(directory))
     directory = (cached_engine if backend == ENGINES else cached_export)(model, largest, bar, recipe.precision)
     return Entry(model, backend, directory, f"exported for this measurement into {directory}")
 
 
+def _images(directory: Path) -> tuple[int, int]:
+    """Return the fewest and the most images that an exported directory draws at once; guidance takes two rows each.
+
+    Raises a DpctlError for a manifest that records nonsense.
+    """
+    manifest = ort.exported(directory)
+    low, _, high = Signature.from_json(manifest.signature).batch
+    return low, images_of(read_config(directory), high)
+
+
 def _beyond(directory: Path, largest: int) -> str | None:
     """Say that a batch is larger than an exported directory takes, or return None."""
-    manifest = artifact.read_manifest(directory)
-    high = manifest.signature["batch"][2] if manifest is not None and manifest.signature else largest
+    high = _images(directory)[1]
     if largest <= high:
         return None
     todo = f"export it again with --batch 1,{min(8, largest)},{largest}"
     return f"it was exported for batches of {high} at most, and {largest} was asked for: {todo}"
 
 
-def _serves(manifest: Manifest, model: Model, largest: int, backend: str, precision: str) -> bool:
+def _serves(directory: Path, manifest: Manifest, model: Model, largest: int, backend: str, precision: str) -> bool:
     """Tell whether a directory is an export of `model` for the backend, and takes batches of 1 to `largest`."""
     if backend == ENGINES and not manifest.stats.get("engines"):
         return False
@@ -172,8 +183,8 @@ def _serves(manifest: Manifest, model: Model, largest: int, backend: str, precis
         return False
     if manifest.kind != "exported" or manifest.parent != model.digest or manifest.signature is None:
         return False
-    low, _, high = manifest.signature["batch"]
-    return bool(low == 1 and largest <= high)
+    low, high = _images(directory)
+    return low == 1 and largest <= high
 
 
 def cached_export(model: Model, largest: int, bar: progress.Bar, precision: str = "fp32") -> Path:
@@ -209,7 +220,10 @@ def cached_engine(model: Model, largest: int, bar: progress.Bar, precision: str 
 
 def _intact(directory: Path, model: Model, largest: int, backend: str, precision: str) -> bool:
     manifest = artifact.read_manifest(directory) if directory.is_dir() else None
-    if manifest is None or not _serves(manifest, model, largest, backend, precision):
+    try:
+        if manifest is None or not _serves(directory, manifest, model, largest, backend, precision):
+            return False
+    except DpctlError:  # it records nonsense: it is written again
         return False
     return artifact.hash_files(directory) == manifest.files
 
@@ -223,17 +237,27 @@ def cache() -> Path:
 def largest_batch(entry: Entry, count: int) -> int:
     """Return how many samples a subject may draw at once, `count` at most."""
     manifest = artifact.read_manifest(entry.directory)
-    high = manifest.signature["batch"][2] if manifest is not None and manifest.signature else DRAWN_TOGETHER
-    return int(min(high, DRAWN_TOGETHER, count))
+    exported = manifest is not None and manifest.kind == "exported"
+    high = _images(entry.directory)[1] if exported else DRAWN_TOGETHER
+    return min(high, DRAWN_TOGETHER, count)
 
 
 def shape(model: Model) -> tuple[int, int, int]:
-    """Return channels, height and width of the pictures that a model draws."""
-    config = read_config(resolve(model.source))
+    """Return channels, height and width of the pictures that a model draws: those of its VAE, where it has one."""
+    directory = resolve(model.source)
+    config = read_config(directory)
     config = config.get("base_config", config)
-    size = config.get("sample_size")
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return config.get("out_channels"), height, width
+    height, width = sample_size(config)
+    decoder = decoder_of(directory)
+    if decoder is None:
+        return config.get("out_channels"), height, width
+    vae = read_config(directory / decoder)
+    levels = vae.get("block_out_channels")
+    if not isinstance(levels, list):
+        got = f"{directory / decoder}: {vae['_class_name']} with block_out_channels {levels}"
+        raise DpctlError("the VAE's config does not say how large its pictures are", got, "use an AutoencoderKL")
+    grown = 2 ** (len(levels) - 1)  # as diffusers has it
+    return vae.get("out_channels", 3), grown * height, grown * width
 
 
 def require_one_shape(models: Sequence[Model]) -> None:

@@ -7,65 +7,38 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpctl import registry
+from dpctl.bench import painter
 from dpctl.bench.gpu import Meter
 from dpctl.bench.light import peak_flops
 from dpctl.errors import DpctlError
-from dpctl.models import load_scheduler
-from runtime import BACKENDS, make_scheduler, sample
-from runtime.denoiser import Denoiser, memory_used
+from runtime import BACKENDS
+from runtime.denoiser import memory_used
 
 CPU = torch.device("cpu")
-
-
-class TimedDenoiser:
-    """A Denoiser that notes, for every call, when it began and when its output was there."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.device, self.dtype, self.config = denoiser.device, denoiser.dtype, denoiser.config
-        self.synchronize, self.memory = denoiser.synchronize, denoiser.memory
-        self.began: list[float] = []
-        self.ended: list[float] = []
-        self.rows: int | None = None
-        self._denoiser = denoiser
-
-    def __enter__(self) -> "TimedDenoiser":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
-        self.rows = len(sample)
-        self.began.append(time.perf_counter())
-        output = self._denoiser(sample, timestep, **conditions)
-        self.synchronize()
-        self.ended.append(time.perf_counter())
-        return output
 
 
 class Subject:
     """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
 
-    def __init__(self, directory: str, backend: str, scheduler: str, threads: int, seed: int) -> None:
-        self._directory, self._seed, self._threads = Path(directory), seed, threads
-        self._module = module = registry.load(BACKENDS, backend, "backend")
-        getattr(module, "require", lambda: None)()  # imports the backend's library, or says what is missing
+    def __init__(self, directory: str, backend: str, threads: int, **asked: Any) -> None:
+        self._directory, self._backend, self._threads = Path(directory), backend, threads
+        painter.require(self._directory, backend)
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
         self._device_base = device_memory()
         reset = reset_peak()
         began = time.perf_counter()
-        self._denoiser: Denoiser = module.open_denoiser(self._directory, threads=threads, device=None)
-        self._scheduler = make_scheduler(scheduler, load_scheduler(self._directory).config)
+        self._painter = painter.open_painter(self._directory, backend, threads=threads, **asked)
+        self._denoiser = self._painter.denoiser
         self._meter = Meter(self._denoiser.device)
         self.opened = {
             "open_latency_s": time.perf_counter() - began,
@@ -79,7 +52,7 @@ class Subject:
     def first(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
         """Draw the first pictures of this process; what the backend builds for a new shape is in the latency."""
         began = time.perf_counter()
-        self._sample(range(batch_size), num_inference_steps)
+        self._painter.paint(range(batch_size), num_inference_steps)
         return {"latency_s": time.perf_counter() - began}
 
     def memory(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
@@ -88,7 +61,7 @@ class Subject:
         The device's is what has gone of its free memory: allocators give nothing back while they run.
         """
         reset_peak()
-        self._sample(range(batch_size), num_inference_steps)
+        self._painter.paint(range(batch_size), num_inference_steps)
         peak = {"peak_memory_bytes": self._denoiser.memory()["peak_resident_bytes"] - self._base}
         if self._denoiser.device.type == "cuda":
             peak["peak_device_memory_bytes"] = device_memory() - self._device_base
@@ -99,35 +72,20 @@ class Subject:
         return {"gpu": self._meter.state()}
 
     def turn(self, batch_size: int, num_inference_steps: int) -> dict[str, Any]:
-        """Draw one batch and return its latency, and of each step the whole and the network's part.
+        """Draw one batch and return its latency, that of each step, and where the time went.
 
         One unmeasured step goes first: the other subjects' turns have emptied the processor's caches.
         """
         indices = range(batch_size)
-        self._sample(indices, 1)
-        timed = TimedDenoiser(self._denoiser)
-        marks: list[float] = []
-
-        def mark(_: int, __: Tensor) -> None:
-            timed.synchronize()
-            marks.append(time.perf_counter())
-
+        self._painter.paint(indices, 1)
         before = self._meter.energy_j()
-        began = time.perf_counter()
-        self._sample(indices, num_inference_steps, timed, mark)
-        ended = time.perf_counter()
+        _, times = self._painter.timed(indices, num_inference_steps)
         after = self._meter.energy_j()
-        return {
-            "energy_j": None if before is None or after is None else after - before,
-            "network_batch_size": timed.rows,
-            "latency_s": ended - began,
-            "step_latency_s": _durations([timed.began[0], *marks[:-1]], marks),
-            "network_latency_s": _durations(timed.began, timed.ended),
-        }
+        return {"energy_j": None if before is None or after is None else after - before, **asdict(times)}
 
     def draw(self, start: int, stop: int, num_inference_steps: int, file: str) -> dict[str, Any]:
         """Draw the samples from `start` to `stop` and save them as bytes [N, H, W, C] (.npy)."""
-        images = self._sample(range(start, stop), num_inference_steps)
+        images = self._painter.paint(range(start, stop), num_inference_steps)
         np.save(file, ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
         return {}
 
@@ -136,24 +94,10 @@ class Subject:
 
         It opens the model a second time: ask when the memory has been measured, and not between turns.
         """
-        take = getattr(self._module, "profile", None)
+        take = getattr(registry.load(BACKENDS, self._backend, "backend"), "profile", None)
         asked: dict[str, Any] = {"threads": self._threads, "batch_size": batch_size, "runs": runs}
         layers = take(self._directory, device=str(self._denoiser.device), **asked) if take is not None else None
         return {"layers": None if layers is None else [asdict(layer) for layer in layers]}
-
-    def _sample(
-        self,
-        indices: Sequence[int],
-        steps: int,
-        denoiser: Denoiser | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        asked: dict[str, Any] = {"seed": self._seed, "indices": indices, "num_inference_steps": steps}
-        return sample(denoiser or self._denoiser, self._scheduler, **asked, on_step=on_step)
-
-
-def _durations(began: Sequence[float], ended: Sequence[float]) -> list[float]:
-    return [round(after - before, 9) for before, after in zip(began, ended, strict=True)]
 
 
 def device_memory() -> int:

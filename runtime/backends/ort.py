@@ -39,6 +39,8 @@ TORCH = {"float32": torch.float32, "int64": torch.int64}
 class OrtDenoiser:
     """A Denoiser over an ONNX Runtime session; inputs and output are torch's own memory, bound and not copied."""
 
+    precision = "fp32"  # as the graph has it: what the provider computes in may be wider
+
     def __init__(self, session: Any, signature: Signature, config: Any, device: torch.device) -> None:
         self.device, self.dtype, self.config, self.signature = device, torch.float32, config, signature
         self._session = session
@@ -158,7 +160,9 @@ def open_graph(
     signature = Signature.from_json(manifest.signature)
     session = _session(require(device.type), graph, threads or torch.get_num_threads(), device, profile)
     _check_tensors(session, signature, directory)
-    return OrtDenoiser(session, signature, FrozenDict(read_config(directory)), device)
+    denoiser = OrtDenoiser(session, signature, FrozenDict(read_config(directory)), device)
+    denoiser.precision = manifest.recipe.get("precision", denoiser.precision)
+    return denoiser
 
 
 def require(device: str = "cpu") -> ModuleType:

@@ -276,6 +276,8 @@ def test_other_schedulers_and_baselines_are_refused(old: BenchResult) -> None:
     base, candidate = old.models
     with pytest.raises(DpctlError, match="scheduler: ddim in OLD, euler in NEW"):
         compare(old, dataclasses.replace(old, recipe=old.recipe | {"scheduler": "euler"}))
+    with pytest.raises(DpctlError, match=r"guidance scale: none in OLD, 2\.0 in NEW"):
+        compare(old, dataclasses.replace(old, recipe=old.recipe | {"guidance_scale": 2.0}))
     with pytest.raises(DpctlError, match="the baseline's digest"):
         compare(old, dataclasses.replace(old, models=(dataclasses.replace(base, digest="other"), candidate)))
 
