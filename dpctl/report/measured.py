@@ -77,7 +77,7 @@ def latency(result: BenchResult, num_inference_steps: int) -> Drawing | None:
         return None
 
     def draw() -> Any:
-        figure, panels = _panels(len(conditions), len(result.subjects))
+        figure, panels = _panels([len(result.subjects)] * len(conditions))
         for panel, condition in zip(panels, conditions, strict=True):
             _turns(panel, result, condition)
         return figure
@@ -85,7 +85,7 @@ def latency(result: BenchResult, num_inference_steps: int) -> Drawing | None:
     note = (
         "A dot is one turn: a whole batch from noise to pictures, the rounds from top to bottom, so that a drift is a "
         f"slant. The bar is the median, the shape above the dots their density, from {FEWEST_TURNS} turns on. Warm-ups "
-        "are left out."
+        "are left out. The scale does not begin at 0."
     )
     asked = result.recipe["num_inference_steps"]
     title = f"Latency, {num_inference_steps} steps"
@@ -102,9 +102,9 @@ def _turns(panel: Any, result: BenchResult, condition: Condition) -> None:
     for line, subject in enumerate(result.subjects):
         values = [turn.latency_s for turn in subject.measured(condition).values()]
         colour = charts.colour(result, subject.model)
-        panel.text(0, line - 0.3, subject.name, fontsize=8)
+        name = subject.name if values else f"{subject.name}: not measured"
+        panel.text(0, line - 0.3, name, fontsize=8, transform=panel.get_yaxis_transform())
         if not values:
-            panel.text(0, line + 0.2, "not measured", fontsize=8, alpha=0.6)
             continue
         if len(values) >= FEWEST_TURNS and np.ptp(values) > 0:
             grid, heights = density(values)
@@ -112,7 +112,6 @@ def _turns(panel: Any, result: BenchResult, condition: Condition) -> None:
         panel.scatter(values, line + np.linspace(0.08, 0.36, len(values)), s=9, color=colour, alpha=0.7, linewidths=0)
         panel.plot([np.median(values)] * 2, [line - 0.2, line + 0.42], color=colour, linewidth=2)
     panel.set_title(f"batch {condition.batch_size}", loc="left", fontsize=9)
-    panel.set_xlim(left=0)
     _finish(panel, len(result.subjects), units.seconds)
 
 
@@ -184,7 +183,7 @@ def front(result: BenchResult) -> Drawing | None:
         from matplotlib.figure import Figure as Picture
 
         names = {_name(p.row) for found in of_size.values() for p in found}
-        height = 2.7 * len(of_size) + 0.2 + 0.2 * (len(names) + 2) // 2
+        height = 3.1 * len(of_size) + 0.2 + 0.2 * (len(names) + 2) // 2
         figure = Picture(figsize=(WIDTH, height), layout="constrained")
         panels = figure.subplots(len(of_size), 1, squeeze=False)[:, 0]
         for panel, (size, found) in zip(panels, of_size.items(), strict=True):
@@ -222,8 +221,6 @@ def _front(panel: Any, result: BenchResult, found: Sequence[Point]) -> None:
             where, hollow = (point.latency_s.value, point.distance.value), point.row.instead_of is not None
             panel.plot(*where, color=colour, marker=marker, markersize=5, fillstyle="none" if hollow else "full")
             panel.annotate(str(point.row.num_inference_steps), where, (4, 4), textcoords="offset points", fontsize=7)
-    panel.set_xlim(left=0)
-    panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
     panel.xaxis.set_major_locator(_few_ticks())
     panel.xaxis.set_major_formatter(lambda value, _: units.seconds(value))
     _plain(panel, "both")
@@ -247,7 +244,7 @@ def split(result: BenchResult) -> Drawing | None:
         f"An image's median time at {result.recipe['num_inference_steps'][0]} steps, split. The ceiling is "
         "how many times faster it would be if the network took no time."
     )
-    legend = {name.replace("_", " "): PARTS.get(name, GREY) for name in names}
+    legend = {name.replace("_", " ").replace("vae", "VAE"): PARTS.get(name, GREY) for name in names}
     return _bars("Where the time goes", note, {f"batch {n}": _of(rows, n, bar) for n in _sizes(rows)},
                  units.seconds, legend)  # fmt: skip
 
@@ -304,6 +301,8 @@ def first_image(result: BenchResult) -> Drawing | None:
                 pieces = ((charts.colour(result, subject.model), value),)
                 found[name].append(Bar(subject.name, pieces, units.seconds(value)))
     note = "From the request to open the model to its first picture at the smallest batch and the fewest steps."
+    if found["built before"]:
+        note += " What was built before, an engine, comes on top once."
     return _bars("Time to the first image", note, {k: v for k, v in found.items() if v}, units.seconds)
 
 
@@ -321,7 +320,7 @@ def _bars(
     def draw() -> Any:
         from matplotlib.patches import Patch
 
-        figure, axes = _panels(len(panels), max(map(len, panels.values())), 0.3 if legend else 0.0)
+        figure, axes = _panels([len(bars) for bars in panels.values()], 0.5 if legend else 0.0)
         for panel, (name, bars) in zip(axes, panels.items(), strict=True):
             for line, bar in enumerate(bars):
                 left = 0.0
@@ -338,7 +337,7 @@ def _bars(
             _finish(panel, len(bars), written)
         if legend:
             patches = [Patch(facecolor=colour, label=name) for name, colour in legend.items()]
-            figure.legend(handles=patches, loc="outside lower left", frameon=False, fontsize=8, ncols=len(patches))
+            figure.legend(handles=patches, loc="outside lower left", frameon=False, fontsize=8, ncols=3)
         return figure
 
     return _drawn(title, title, title.lower(), note, draw)
@@ -354,14 +353,14 @@ def _drawn(salt: str, title: str, label: str, note: str, draw: Callable[[], Any]
         return Drawing(title, label, note, charts.svg(draw()))
 
 
-def _panels(count: int, lines: int, more: float = 0.0) -> tuple[Any, Any]:
-    """Return a figure and its panels, below one another, each with room for so many named lines."""
+def _panels(lines: Sequence[int], more: float = 0.0) -> tuple[Any, Any]:
+    """Return a figure and its panels, below one another, with room for so many named lines each."""
     from matplotlib.figure import Figure as Picture
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(h_pad=0.1)  # a panel's title apart from the scale above it
-    figure = Picture(figsize=(WIDTH, (LINE * lines + 0.65) * count + more), layout=layout)
-    return figure, figure.subplots(count, 1, squeeze=False)[:, 0]
+    figure = Picture(figsize=(WIDTH, LINE * sum(lines) + 0.65 * len(lines) + more), layout=layout)
+    return figure, figure.subplots(len(lines), 1, squeeze=False, height_ratios=lines)[:, 0]
 
 
 def _finish(panel: Any, lines: int, written: Callable[[float], str]) -> None:

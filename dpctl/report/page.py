@@ -121,8 +121,12 @@ def labels(result: BenchResult) -> list[str]:
         count = max(f.count for q in result.quality for f in q.figures.values()) if _figures(result) else 0
         few = "; with so few, FID is inflated, for all alike" if count < MANY_SAMPLES else ""
         found.append(f"quality rests on {count} samples per model{few}")
-        backends = sorted({q.backend for q in result.quality})
+        backends = sorted({q.backend for q in result.quality} - INEXACT)
         found.append(f"samples were drawn on one backend per model ({', '.join(backends)}){_parity(result)}")
+    found += [
+        f"{name} does not compute the whole network at every step: it is judged by samples of its own"
+        for name in sorted(INEXACT & {subject.backend for subject in result.subjects})
+    ]
     notes = {(n, f.against.partition("; ")[2]) for q in result.quality for n, f in q.figures.items()}
     found += [f"{name}: {note}" for name, note in sorted(notes) if note]
     if result.features:

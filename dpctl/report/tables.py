@@ -74,19 +74,27 @@ def speed(result: BenchResult) -> Table:
         for row in result.rows
     )
     headings = ("a batch, p50 / p90", "a step, p50 / p90", "images/s", "peak memory")
-    fewer = _FEWER if result.fewer_steps else ""
     return Table(
         "Speed",
         (*PLACE, *headings, "vs baseline, same backend", "vs baseline, eager"),
         rows,
         f"Medians of paired ratios over {result.recipe['rounds']} rounds, 95 % intervals, {result.threads} thread(s). "
-        f"The last column holds the backend's part and the pruning's together.{fewer}{_saved(result)}",
+        f"The last column holds the backend's part and the pruning's together.{_fewer(result)}{_saved(result)}",
         _marks(result, result.rows),
     )
 
 
 PLACE = ("model", "backend", "batch", "steps")
-_FEWER = " 4 for 5 steps: the baseline with 4, since that takes about the time of a candidate with 5."
+
+
+def _fewer(result: BenchResult) -> str:
+    if not result.fewer_steps:
+        return ""
+    fewer, asked = result.fewer_steps[0].fewer, result.fewer_steps[0].num_inference_steps
+    return (
+        f" {steps(fewer, asked)} steps: the baseline with {fewer}, in about the time of a candidate with {asked}; "
+        f"it is compared with the baseline with {asked}."
+    )
 
 
 def _place(row: Row) -> tuple[str, str, str, str]:
