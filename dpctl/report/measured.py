@@ -12,7 +12,7 @@ from dpctl.bench.metrics import Figure
 from dpctl.bench.result import INEXACT, BenchResult, Condition, Row, Subject
 from dpctl.report import charts
 from dpctl.report.charts import COLOURS, GREY, INK, Drawing
-from dpctl.report.tables import shares
+from dpctl.report.tables import part, shares
 
 # In inches: a page shows two beside one another, a phone one.
 WIDTH, LINE = 4.6, 0.42
@@ -232,7 +232,7 @@ def _front(panel: Any, result: BenchResult, found: Sequence[Point]) -> None:
 def split(result: BenchResult) -> Drawing | None:
     """Return the chart of what an image's time goes into."""
     rows = _rows(result)
-    names = list(dict.fromkeys(part for row in rows for part in shares(row)))
+    names = list(dict.fromkeys(name for row in rows for name in shares(row)))
 
     def bar(row: Row) -> Bar:
         of_image = row.latency_s.p50 / row.batch_size
@@ -244,7 +244,7 @@ def split(result: BenchResult) -> Drawing | None:
         f"An image's median time at {result.recipe['num_inference_steps'][0]} steps, split. The ceiling is "
         "how many times faster it would be if the network took no time."
     )
-    legend = {name.replace("_", " ").replace("vae", "VAE"): PARTS.get(name, GREY) for name in names}
+    legend = {part(name): PARTS.get(name, GREY) for name in names}
     return _bars("Where the time goes", note, {f"batch {n}": _of(rows, n, bar) for n in _sizes(rows)},
                  units.seconds, legend)  # fmt: skip
 

@@ -1,6 +1,8 @@
 """What a report says in words: the terminal, Markdown and HTML show the same."""
 
 import shlex
+from collections.abc import Sequence
+from typing import Any
 
 from dpctl import units
 from dpctl.bench.compare import Estimate
@@ -167,11 +169,14 @@ def environment(result: BenchResult) -> list[tuple[str, str]]:
     pairs = {
         "processor": told.get("processor"),
         "GPU": told.get("gpu"),
+        "GPU clock": _clock([state for rounds in told.get("gpu_states", {}).values() for state in rounds]),
+        "large matrix product, float32": _peak(result.peak_flops),
         "threads of each subject": result.threads,
         "load average before, after": f"{told.get('load_average_before')}, {told.get('load_average_after')}",
         "other processes' load": None if busy is None else f"{busy:.2f} cores",
         "frequency governor": told.get("governor") or "not known",
         "system": told.get("system"),
+        "dpctl": told.get("dpctl"),
         "Python": told.get("python"),
         "libraries": ", ".join(f"{name} {version}" for name, version in told.get("libraries", {}).items()),
         "scheduler": result.recipe["scheduler"],
@@ -179,6 +184,24 @@ def environment(result: BenchResult) -> list[tuple[str, str]]:
         "measured": result.created,
     }
     return [(name, str(value)) for name, value in pairs.items() if value is not None]
+
+
+def _clock(states: list[dict[str, Any]]) -> str | None:
+    """Say between what the GPU's clock moved, and what held it back; None without a GPU that says it."""
+    clocks = [state["clock_hz"] for state in states if state["clock_hz"] is not None]
+    if not clocks:
+        return None
+    reasons = sorted({reason for state in states for reason in state["held_back_by"]})
+    return f"{_range(clocks)}Hz{', held back by ' + ', '.join(reasons) if reasons else ''}"
+
+
+def _peak(readings: Sequence[float]) -> str | None:
+    return f"{_range(readings)}FLOP/s" if readings else None
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = dict.fromkeys(units.count(value) for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def repeat_command(result: BenchResult) -> str:
@@ -197,6 +220,8 @@ def repeat_command(result: BenchResult) -> str:
         "--precision": recipe.get("precision", "fp32"),
         "--baselines": ",".join(recipe.get("baselines", ())),
     }
+    files = ("features", "real_images", "clip")
+    options |= {f"--{name.replace('_', '-')}": recipe[name] for name in files if recipe.get(name) is not None}
     words = ["dpctl", "bench", recipe["baseline"], *recipe["candidates"], "--out", "report"]
     flags = ["--fewer-steps" if recipe.get("fewer_steps") else "--no-fewer-steps"]
     return shlex.join([*words, *(word for pair in options.items() for word in pair), *flags])

@@ -196,11 +196,16 @@ def time(result: BenchResult) -> Table:
         )
         for row in result.rows
     )
-    headings = (*PLACE, *names, "ceiling", "speed of light", *(["energy an image"] if energy else []))
+    headings = (*PLACE, *map(part, names), "ceiling", "speed of light", *(["energy an image"] if energy else []))
     return Table("Where the time goes", headings, rows, f"{_CEILING}{_light(result)}", _marks(result, result.rows))
 
 
 _CEILING = "Ceiling: how many times faster an image would be if the network took no time at all."
+
+
+def part(name: str) -> str:
+    """Return the name of a part of the time as people write it."""
+    return {"vae": "VAE"}.get(name, name.replace("_", " "))
 
 
 def shares(row: Row) -> dict[str, float]:
@@ -287,9 +292,9 @@ def became_time(result: BenchResult, model: Model) -> list[tuple[Row, float]]:
 
 def _saved(result: BenchResult) -> str:
     told = [
-        f"{units.percent(part)} at batch {row.batch_size} ({model.name})"
+        f"{units.percent(fraction)} at batch {row.batch_size} ({model.name})"
         for model in result.models[1:]
-        for row, part in became_time(result, model)
+        for row, fraction in became_time(result, model)
     ]
     return f" Of the MACs saved, this part became time saved: {', '.join(told)}." if told else ""
 

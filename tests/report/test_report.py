@@ -171,7 +171,10 @@ def test_a_subject_without_turns_leaves_the_chart_whole(make_result: Make, out: 
     assert "in eager" in page.verdict(make_result(subjects=(*result.subjects[:-1], dead)))
 
 
-def test_the_command_measures_the_same_again(make_result: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [{}, {"features": "it's.onnx", "real_images": "real.npz", "clip": "clip"}])
+def test_the_command_measures_the_same_again(
+    more: dict[str, str], make_result: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from typer.testing import CliRunner
 
     from dpctl import chain, cli
@@ -184,7 +187,18 @@ def test_the_command_measures_the_same_again(make_result: Make, monkeypatch: pyt
         raise SystemExit(0)
 
     monkeypatch.setattr(chain, "bench", bench)
-    words = shlex.split(page.repeat_command(make_result()))
+    recipe = make_result().recipe | more
+    words = shlex.split(page.repeat_command(make_result(recipe=recipe)))
     assert words[0] == "dpctl"
     CliRunner().invoke(cli.app, words[1:])
-    assert to_dict(asked[0]) == make_result().recipe | {"threads": 2}
+    assert to_dict(asked[0]) == recipe | {"threads": 2}
+
+
+def test_the_environment_says_what_the_gpu_s_clock_did(make_result: Make, full_result: BenchResult) -> None:
+    state = {"clock_hz": 1_980_000_000, "highest_clock_hz": 1_980_000_000, "held_back_by": []}
+    slower = state | {"clock_hz": 1_410_000_000, "held_back_by": ["SwPowerCap"]}
+    for states, said in (([state], "1.98GHz"), ([state, slower], "1.41G to 1.98GHz, held back by SwPowerCap")):
+        result = make_result(environment=make_result().environment | {"gpu_states": {"slim / eager": states}})
+        assert dict(page.environment(result))["GPU clock"] == said
+    assert "GPU clock" not in dict(page.environment(make_result()))
+    assert dict(page.environment(full_result))["large matrix product, float32"] == "400G to 500GFLOP/s"

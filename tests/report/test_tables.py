@@ -31,7 +31,7 @@ def column(table: tables.Table, heading: str) -> list[str]:
 
 def test_where_the_time_goes(full_result: BenchResult) -> None:
     found = tables.time(full_result)
-    parts = ("text_encoder", "denoiser", "scheduler", "vae", "other")
+    parts = ("text encoder", "denoiser", "scheduler", "VAE", "other")
     assert found.headings[4:] == (*parts, "ceiling", "speed of light", "energy an image")
     assert [set(column(found, part)) for part in parts] == [{"10.0 %"}, {"60.0 %"}, {"5.0 %"}, {"20.0 %"}, {"5.0 %"}]
     assert set(column(found, "ceiling")) == {"2.50x"}
