@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from dpctl.bench.quality import load_samples
-from dpctl.bench.result import INEXACT, BenchResult, Quality
+from dpctl.bench.result import INEXACT, BenchResult, Quality, Row, Subject
 from dpctl.report.tables import instead_of
 
 # Stands for the page's own text colour: matplotlib cannot write `currentColor`.
 INK = "#010203"
 GREY, COLOURS = "#8b939e", ("#0e8074", "#c8641b", "#5a5fd0", "#b03a6f")
 STRIP_WIDTH, LARGE = 640, 128
+# In inches: a page shows two charts beside one another, a phone one.
+WIDTH = 4.6
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,34 @@ def colour(result: BenchResult, model: str) -> str:
     """Return a model's colour: grey for the baseline."""
     position = [each.name for each in result.models].index(model)
     return COLOURS[(position - 1) % len(COLOURS)] if position else GREY
+
+
+def name(of: Row | Subject) -> str:
+    """Return a subject's name."""
+    return f"{of.model} / {of.backend}"
+
+
+def drawn(salt: str, title: str, label: str, note: str, draw: Callable[[], Any]) -> Drawing:
+    """Return what `draw` draws, in the style of all charts."""
+    from matplotlib import rc_context
+
+    with rc_context(style(salt)):
+        return Drawing(title, label, note, svg(draw()))
+
+
+def plain(panel: Any, axis: str) -> None:
+    """Leave a panel nothing but its marks and a light grid."""
+    panel.tick_params(length=0, labelsize=8)
+    panel.grid(axis=axis, color=INK, alpha=0.12)
+    panel.set_axisbelow(True)
+    panel.spines[:].set_visible(False)
+
+
+def few_ticks() -> Any:
+    """Return a locator of ticks that leave room for units."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=4)
 
 
 def style(salt: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The charts of what was measured: latencies, quality over latency, where the time goes, memory, the speed of light."""
+"""The charts of what was measured: latencies, where the time goes, memory, the speed of light, energy."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,15 @@ from typing import Any
 import numpy as np
 
 from dpctl import units
-from dpctl.bench.compare import Estimate, paired_ratio
-from dpctl.bench.metrics import Figure
-from dpctl.bench.result import INEXACT, BenchResult, Condition, Row, Subject
-from dpctl.report import charts
-from dpctl.report.charts import COLOURS, GREY, INK, Drawing
+from dpctl.bench.result import BenchResult, Condition, Row
+from dpctl.report import charts, over_latency
+from dpctl.report.charts import COLOURS, GREY, Drawing
 from dpctl.report.tables import part, shares
 
-# In inches: a page shows two beside one another, a phone one.
-WIDTH, LINE = 4.6, 0.42
-MARKERS = "osD^vPX*"
+# In inches.
+LINE = 0.42
 # A density of fewer turns would be invented.
 FEWEST_TURNS = 8
-# The distances to real images that may be drawn over the latency: the first that was measured.
-DISTANCES = ("fid", "kid")
 PARTS = {"denoiser": COLOURS[0], "text_encoder": COLOURS[2], "vae": COLOURS[1], "scheduler": COLOURS[3]}
 
 
@@ -33,18 +28,9 @@ class Bar:
     said: str
 
 
-@dataclass(frozen=True)
-class Point:
-    """A subject at a number of steps: the time of an image, and how far its pictures are from real ones."""
-
-    row: Row
-    latency_s: Estimate
-    distance: Figure
-
-
 def drawings(result: BenchResult) -> dict[str, Drawing]:
     """Return file name -> chart, of what this result has."""
-    found = {"front.svg": front(result), **_latencies(result), "split.svg": split(result)}
+    found = {"front.svg": over_latency.front(result), **_latencies(result), "split.svg": split(result)}
     found |= {"memory.svg": memory(result), "light.svg": light(result), "first-image.svg": first_image(result)}
     found |= {"energy.svg": energy(result)}
     return {name: drawing for name, drawing in found.items() if drawing is not None}
@@ -54,10 +40,6 @@ def _rows(result: BenchResult) -> list[Row]:
     """Return the lines at the first number of steps, those of the baseline at fewer left out."""
     first = result.recipe["num_inference_steps"][0]
     return [row for row in result.rows if row.num_inference_steps == first and row.instead_of is None]
-
-
-def _name(row: Row | Subject) -> str:
-    return f"{row.model} / {row.backend}"
 
 
 # --- latencies ---------------------------------------------------------------------------------------------------
@@ -89,7 +71,7 @@ def latency(result: BenchResult, num_inference_steps: int) -> Drawing | None:
     )
     asked = result.recipe["num_inference_steps"]
     title = f"Latency, {num_inference_steps} steps"
-    return _drawn(
+    return charts.drawn(
         f"latency {num_inference_steps}",
         title,
         "distribution of latencies",
@@ -125,107 +107,6 @@ def density(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     return grid, heights / heights.max()
 
 
-# --- quality over latency ----------------------------------------------------------------------------------------
-
-
-def points(result: BenchResult, batch_size: int) -> list[Point]:
-    """Return the points of one batch size, of what has been judged."""
-    metric = distance(result)
-    found = {}
-    for row in result.rows:
-        figures = _figures(result, row)
-        subject = result.subject(row.model, row.backend)
-        if row.batch_size != batch_size or metric is None or metric not in figures or subject is None:
-            continue
-        turns = subject.measured(Condition(batch_size, row.num_inference_steps)).values()
-        each = [turn.latency_s / batch_size for turn in turns]
-        found[_name(row), row.num_inference_steps] = Point(row, paired_ratio(each, [1.0] * len(each)), figures[metric])
-    return list(found.values())
-
-
-def distance(result: BenchResult) -> str | None:
-    """Return the first of the distances that is there."""
-    return next((name for name in DISTANCES if any(name in q.figures for q in result.quality)), None)
-
-
-def _figures(result: BenchResult, row: Row) -> Mapping[str, Figure]:
-    """Return the quality of a line's pictures: a model's own, on whatever exact backend they were drawn."""
-    own = row.backend if row.backend in INEXACT else None
-    return next(
-        (
-            q.figures
-            for q in result.quality
-            if (q.model, q.num_inference_steps) == (row.model, row.num_inference_steps)
-            and (q.backend if q.backend in INEXACT else None) == own
-        ),
-        {},
-    )
-
-
-def pareto(found: Iterable[Point]) -> list[Point]:
-    """Return the points that no other beats in both, from the fastest to the closest to real images."""
-    best: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.latency_s.value, p.distance.value)):
-        if not best or point.distance.value < best[-1].distance.value:
-            best.append(point)
-    return best
-
-
-def front(result: BenchResult) -> Drawing | None:
-    """Return the chart of quality over latency: a panel per batch size, a line per subject, the front behind them."""
-    sizes = result.recipe["batch_sizes"]
-    of_size = {size: found for size in sizes if (found := points(result, size))}
-    if not any(len(found) > 1 for found in of_size.values()):
-        return None
-    metric = str(distance(result)).upper()
-
-    def draw() -> Any:
-        from matplotlib.figure import Figure as Picture
-
-        names = {_name(p.row) for found in of_size.values() for p in found}
-        height = 3.1 * len(of_size) + 0.2 + 0.2 * (len(names) + 2) // 2
-        figure = Picture(figsize=(WIDTH, height), layout="constrained")
-        panels = figure.subplots(len(of_size), 1, squeeze=False)[:, 0]
-        for panel, (size, found) in zip(panels, of_size.items(), strict=True):
-            _front(panel, result, found)
-            panel.set_title(f"batch {size}", loc="left", fontsize=9)
-            panel.set_ylabel(f"{metric}, lower is better", fontsize=8)
-        panels[-1].set_xlabel("time of an image", fontsize=8)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=2)
-        return figure
-
-    note = (
-        "Each point is a subject at the number of steps beside it: left is faster, low is closer to real images, the "
-        "lines are 95 % intervals. The wide line is the front: no point is faster and better than one on it. Hollow "
-        "points are the baseline with fewer steps, in the time of a candidate."
-    )
-    return _drawn("front", f"{metric} over latency", f"{metric} over latency", note, draw)
-
-
-def _front(panel: Any, result: BenchResult, found: Sequence[Point]) -> None:
-    best = pareto(found)
-    backends = list(dict.fromkeys(subject.backend for subject in result.subjects))
-    panel.step([p.latency_s.value for p in best], [p.distance.value for p in best], where="post", color=INK, alpha=0.14,
-               linewidth=7, solid_capstyle="round", label="the front")  # fmt: skip
-    for name in dict.fromkeys(_name(p.row) for p in found):
-        own = sorted((p for p in found if _name(p.row) == name), key=lambda p: p.row.num_inference_steps)
-        colour, marker = charts.colour(result, own[0].row.model), MARKERS[backends.index(own[0].row.backend) % 8]
-        x, y = [p.latency_s.value for p in own], [p.distance.value for p in own]
-        panel.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-        spread = [[[abs(f.value - f.low), abs(f.high - f.value)] for f in fs] for fs in
-                  ([p.latency_s for p in own], [p.distance for p in own])]  # fmt: skip
-        panel.errorbar(x, y, *(np.transpose(s) for s in spread[::-1]), fmt="none", ecolor=colour, alpha=0.5)
-        panel.plot([], [], color=colour, marker=marker, linewidth=1, markersize=5, label=name)
-        for point in own:
-            where, hollow = (point.latency_s.value, point.distance.value), point.row.instead_of is not None
-            panel.plot(*where, color=colour, marker=marker, markersize=5, fillstyle="none" if hollow else "full")
-            panel.annotate(str(point.row.num_inference_steps), where, (4, 4), textcoords="offset points", fontsize=7)
-    panel.xaxis.set_major_locator(_few_ticks())
-    panel.xaxis.set_major_formatter(lambda value, _: units.seconds(value))
-    _plain(panel, "both")
-
-
 # --- bars --------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +119,7 @@ def split(result: BenchResult) -> Drawing | None:
         of_image = row.latency_s.p50 / row.batch_size
         pieces = tuple((PARTS.get(name, GREY), share * of_image) for name, share in shares(row).items())
         ceiling = "" if row.ceiling is None else f", ceiling {units.ratio(row.ceiling)}"
-        return Bar(_name(row), pieces, f"{units.seconds(of_image)}{ceiling}")
+        return Bar(charts.name(row), pieces, f"{units.seconds(of_image)}{ceiling}")
 
     note = (
         f"An image's median time at {result.recipe['num_inference_steps'][0]} steps, split. The ceiling is "
@@ -264,7 +145,7 @@ def memory(result: BenchResult) -> Drawing | None:
         places = {"": row.peak_memory_bytes, " on the device": row.peak_device_memory_bytes}
         for place, value in places.items():
             if value is not None:
-                bar = Bar(_name(row), ((charts.colour(result, row.model), value),), units.bytes_(value))
+                bar = Bar(charts.name(row), ((charts.colour(result, row.model), value),), units.bytes_(value))
                 found.setdefault(f"batch {row.batch_size}{place}", []).append(bar)
     return _bars("Peak memory", "While drawing, beyond what the imported libraries take.", found, units.bytes_)
 
@@ -274,7 +155,7 @@ def light(result: BenchResult) -> Drawing | None:
     found: dict[str, list[Bar]] = {}
     for row in _rows(result):
         if row.light is not None:
-            bar = Bar(_name(row), ((charts.colour(result, row.model), row.light),), units.percent(row.light))
+            bar = Bar(charts.name(row), ((charts.colour(result, row.model), row.light),), units.percent(row.light))
             found.setdefault(f"batch {row.batch_size}", []).append(bar)
     note = "The network's FLOP/s over those that a large matrix product reached on this machine in the same rounds."
     return _bars("Speed of light", note, found, units.percent)
@@ -286,7 +167,7 @@ def energy(result: BenchResult) -> Drawing | None:
     for row in _rows(result):
         if row.energy_j_per_image is not None:
             pieces = ((charts.colour(result, row.model), row.energy_j_per_image),)
-            bar = Bar(_name(row), pieces, f"{row.energy_j_per_image:.3g} J")
+            bar = Bar(charts.name(row), pieces, f"{row.energy_j_per_image:.3g} J")
             found.setdefault(f"batch {row.batch_size}", []).append(bar)
     return _bars("Energy of an image", "What the GPU took, by its own counter.", found, lambda value: f"{value:g} J")
 
@@ -340,17 +221,10 @@ def _bars(
             figure.legend(handles=patches, loc="outside lower left", frameon=False, fontsize=8, ncols=3)
         return figure
 
-    return _drawn(title, title, title.lower(), note, draw)
+    return charts.drawn(title, title, title.lower(), note, draw)
 
 
-# --- what they share ---------------------------------------------------------------------------------------------
-
-
-def _drawn(salt: str, title: str, label: str, note: str, draw: Callable[[], Any]) -> Drawing:
-    from matplotlib import rc_context
-
-    with rc_context(charts.style(salt)):
-        return Drawing(title, label, note, charts.svg(draw()))
+# --- panels -------------------------------------------------------------------------------------------------------
 
 
 def _panels(lines: Sequence[int], more: float = 0.0) -> tuple[Any, Any]:
@@ -359,7 +233,7 @@ def _panels(lines: Sequence[int], more: float = 0.0) -> tuple[Any, Any]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(h_pad=0.1)  # a panel's title apart from the scale above it
-    figure = Picture(figsize=(WIDTH, LINE * sum(lines) + 0.65 * len(lines) + more), layout=layout)
+    figure = Picture(figsize=(charts.WIDTH, LINE * sum(lines) + 0.65 * len(lines) + more), layout=layout)
     return figure, figure.subplots(len(lines), 1, squeeze=False, height_ratios=lines)[:, 0]
 
 
@@ -367,19 +241,6 @@ def _finish(panel: Any, lines: int, written: Callable[[float], str]) -> None:
     """Set the lines from top to bottom below one another, with a scale in units below them."""
     panel.set_ylim(lines - 0.4, -0.6)
     panel.set_yticks([])
-    panel.xaxis.set_major_locator(_few_ticks())
+    panel.xaxis.set_major_locator(charts.few_ticks())
     panel.xaxis.set_major_formatter(lambda value, _: written(value))
-    _plain(panel, "x")
-
-
-def _plain(panel: Any, axis: str) -> None:
-    panel.tick_params(length=0, labelsize=8)
-    panel.grid(axis=axis, color=INK, alpha=0.12)
-    panel.set_axisbelow(True)
-    panel.spines[:].set_visible(False)
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4)
+    charts.plain(panel, "x")

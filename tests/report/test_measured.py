@@ -13,7 +13,7 @@ from dpctl.bench.compare import Estimate
 from dpctl.bench.metrics import Figure
 from dpctl.bench.result import BenchResult
 from dpctl.report import charts, measured
-from dpctl.report.measured import Point, pareto, points
+from dpctl.report.over_latency import Point, front, pareto, points
 
 Make = Callable[..., BenchResult]
 ALL = {"front.svg", "latency.svg", "latency-10-steps.svg", "split.svg", "memory.svg", "light.svg", "first-image.svg",
@@ -71,18 +71,18 @@ def test_the_front_is_what_no_other_point_beats_in_both(make_result: Make) -> No
 
 
 def test_the_baseline_at_fewer_steps_is_on_the_chart_hollow(full_result: BenchResult) -> None:
-    drawing = measured.front(full_result)
+    drawing = front(full_result)
     assert drawing is not None
     assert drawing.svg.count(f"fill-opacity: 0; stroke: {charts.GREY}") == 2 * 2  # eager and ort, two batch sizes
-    few = measured.front(dataclasses.replace(full_result, fewer_steps=()))
+    few = front(dataclasses.replace(full_result, fewer_steps=()))
     assert few is not None
     assert "fill-opacity: 0" not in few.svg
 
 
 def test_one_point_is_no_front(make_result: Make) -> None:
     result = make_result()
-    assert measured.front(make_result(subjects=result.subjects[:1], models=result.models[:1])) is None
-    assert measured.front(make_result(quality=())) is None
+    assert front(make_result(subjects=result.subjects[:1], models=result.models[:1])) is None
+    assert front(make_result(quality=())) is None
 
 
 def test_a_density_is_highest_among_the_turns_and_gone_far_from_them() -> None:
