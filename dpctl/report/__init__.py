@@ -1,10 +1,12 @@
 """A benchmark's result for people: the terminal's table, report.md, a self-contained report.html. Measures nothing."""
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpctl.bench.result import BenchResult
-from dpctl.report import architecture, charts, page
+from dpctl.report import architecture, charts, measured, page, tables
 
 
 def table(result: BenchResult) -> Any:
@@ -16,13 +18,11 @@ def table(result: BenchResult) -> Any:
     from rich.text import Text
 
     parts: list[Any] = [Padding(Text(page.verdict(result)), (1, 0))]
-    for shown in (page.speed(result), page.models(result), page.quality(result)):
-        if not shown.rows:
-            continue
+    for shown in tables.brief(result):
         grid = Table(title=shown.title, title_justify="left", caption=shown.note, caption_justify="left")
         grid.box, grid.padding, grid.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
         for heading in shown.headings:
-            words = heading in page.TEXT
+            words = heading in tables.TEXT
             grid.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
         for row in shown.rows:
             grid.add_row(*(Text(cell) for cell in row))
@@ -32,13 +32,17 @@ def table(result: BenchResult) -> Any:
     return Group(*parts)
 
 
-def write_report(result: BenchResult, out: Path) -> None:
-    """Write report.md (with its pictures beside it) and the self-contained report.html into `out`."""
+def write_report(
+    result: BenchResult, out: Path, layers: Mapping[str, Iterable[tables.LayerTimes]] | None = None
+) -> None:
+    """Write report.md (with its pictures beside it) and the self-contained report.html into `out`.
+
+    `layers` has by subject the layers to show one by one.
+    """
     sheets = charts.sheets(result, out)
-    latency = charts.latency(result)
-    (out / "latency.svg").write_text(latency, encoding="utf-8")
-    drawings = architecture.drawings(result)
-    for name, drawing in drawings.items():
+    drawings = measured.drawings(result)
+    networks = architecture.drawings(result)
+    for name, drawing in (drawings | networks).items():
         (out / name).write_text(drawing.svg, encoding="utf-8")
     for name, sheet in sheets.items():
         (out / name).write_bytes(charts.png(sheet.whole))
@@ -48,11 +52,11 @@ def write_report(result: BenchResult, out: Path) -> None:
         "verdict": page.verdict(result),
         "headlines": page.headlines(result),
         "labels": page.labels(result),
-        "tables": page.tables(result),
+        "tables": tables.tables(result, layers),
         "sheets": sheets,
-        "latency": charts.for_page(latency, "latencies"),
         "drawings": drawings,
-        "lineage": page.lineage(result),
+        "networks": networks,
+        "lineage": tables.lineage(result),
         "environment": page.environment(result),
         "method": page.METHOD,
         "repeat": page.repeat_command(result),
@@ -74,4 +78,5 @@ def _template(name: str) -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    environment.filters["unbroken"] = lambda text: re.sub(r", (?=\S+\])", ",\u00a0", text)  # an interval
     return environment.get_template(f"{name}.jinja")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,13 @@ from dpctl.bench.result import BenchResult, Model
 from dpctl.blocks import by_block
 from dpctl.errors import DpctlError
 from dpctl.report import charts
+from dpctl.report.charts import Drawing
 
 # With more groups than this their names have no room: blocks alone are named.
 NAMED = 60
 # Rises of the loss below this are drawn there: a logarithm has no zero.
 FLOOR = 1e-3
 SUFFIXES = (".svg", ".png")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One picture of a report."""
-
-    title: str
-    label: str
-    note: str
-    svg: str
-
-    @property
-    def element(self) -> str:
-        """The picture for use inside a page."""
-        return charts.for_page(self.svg, self.label)
 
 
 def drawings(result: BenchResult) -> dict[str, Drawing]:

@@ -1,30 +1,48 @@
-"""The pictures of a report: strips of samples from the same noise, and the chart of latencies."""
+"""What the pictures of a report have in common, and its strips of samples from the same noise."""
 
 import base64
 import io
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpctl import units
 from dpctl.bench.quality import load_samples
-from dpctl.bench.result import BenchResult, Condition
+from dpctl.bench.result import INEXACT, BenchResult, Quality, Row, Subject
+from dpctl.report.tables import instead_of
 
 # Stands for the page's own text colour: matplotlib cannot write `currentColor`.
 INK = "#010203"
 GREY, COLOURS = "#8b939e", ("#0e8074", "#c8641b", "#5a5fd0", "#b03a6f")
-STRIP_WIDTH = 640
+STRIP_WIDTH, LARGE = 640, 128
+# In inches: a page shows two charts beside one another, a phone one.
+WIDTH = 4.6
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture of a report."""
+
+    title: str
+    label: str
+    note: str
+    svg: str
+
+    @property
+    def element(self) -> str:
+        """The picture for use inside a page."""
+        return for_page(self.svg, self.label)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The first samples of one model side by side, as a data URI for the page."""
+    """The first samples of one model, as data URIs for the page."""
 
     model: str
-    uri: str
+    uris: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,27 +53,42 @@ class Sheet:
     strips: tuple[Strip, ...]
     whole: np.ndarray
 
+    @property
+    def large(self) -> bool:
+        """Whether a picture has enough pixels to be shown smoothly."""
+        return self.whole.shape[1] // len(self.strips[0].uris) > LARGE
+
 
 def sheets(result: BenchResult, out: Path) -> dict[str, Sheet]:
     """Return file name -> sheet for each number of steps whose samples lie in `out`."""
     found = {}
     for steps in result.recipe["num_inference_steps"]:
-        drawn = [
-            (q.model, strip(load_samples(out / q.samples))) for q in result.quality if q.num_inference_steps == steps
-        ]
+        drawn = {name: first(load_samples(out / q.samples)) for name, q in _side_by_side(result, steps)}
         if drawn:
-            strips = tuple(Strip(model, data_uri(pixels)) for model, pixels in drawn)
-            whole = np.concatenate(
-                [np.pad(pixels, ((0, 4), (0, 0), (0, 0)), constant_values=255) for _, pixels in drawn]
-            )
-            found[f"samples-{steps}-steps.png"] = Sheet(steps, strips, whole)
+            strips = tuple(Strip(name, tuple(map(data_uri, images))) for name, images in drawn.items())
+            rows = [np.pad(row(images), ((0, 4), (0, 0), (0, 0)), constant_values=255) for images in drawn.values()]
+            found[f"samples-{steps}-steps.png"] = Sheet(steps, strips, np.concatenate(rows))
     return found
 
 
-def strip(images: np.ndarray) -> np.ndarray:
-    """Return the first of images [N, H, W, C] in a row, one white pixel between them; as many as fit a page."""
-    count = min(len(images), max(4, min(20, STRIP_WIDTH // images.shape[2])))
-    padded = [np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=255) for image in images[:count]]
+def _side_by_side(result: BenchResult, steps: int) -> Iterable[tuple[str, Quality]]:
+    """Yield what belongs on a sheet: the models, their approximations, the baseline at fewer steps in their place."""
+    asked = [q for q in result.quality if q.num_inference_steps == steps]
+    yield from ((q.model, q) for q in asked if q.backend not in INEXACT)
+    yield from ((f"{q.model} / {q.backend}", q) for q in asked if q.backend in INEXACT)
+    for q in result.quality:
+        if instead_of(result, q) == steps:
+            yield f"{q.model}, {q.num_inference_steps} steps", q
+
+
+def first(images: np.ndarray) -> np.ndarray:
+    """Return the first of images [N, H, W, C]; as many as fit a page side by side."""
+    return images[: max(4, min(20, STRIP_WIDTH // images.shape[2]))]
+
+
+def row(images: np.ndarray) -> np.ndarray:
+    """Return images [N, H, W, C] in a row, one white pixel between them."""
+    padded = [np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=255) for image in images]
     return np.concatenate(padded, axis=1)[:, :-1]
 
 
@@ -73,21 +106,38 @@ def data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
-def latency(result: BenchResult) -> str:
-    """Return the chart of latencies as an SVG: a panel per condition, a dot per counted turn, a bar at the median."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def colour(result: BenchResult, model: str) -> str:
+    """Return a model's colour: grey for the baseline."""
+    position = [each.name for each in result.models].index(model)
+    return COLOURS[(position - 1) % len(COLOURS)] if position else GREY
 
-    steps, sizes = result.recipe["num_inference_steps"], result.recipe["batch_sizes"]
-    count = len(result.subjects)
-    with rc_context(style("latency")):
-        figure = Figure(figsize=(10, (0.8 + 0.4 * count) * len(steps) + 0.2), layout="constrained")
-        panels = figure.subplots(len(steps), len(sizes), sharey=True, squeeze=False)
-        for panel, condition in zip(panels.flat, result.conditions, strict=True):
-            _panel(panel, result, condition)
-        panels[0][0].set_yticks(range(count), [subject.name for subject in result.subjects])
-        panels[0][0].invert_yaxis()
-        return svg(figure)
+
+def name(of: Row | Subject) -> str:
+    """Return a subject's name."""
+    return f"{of.model} / {of.backend}"
+
+
+def drawn(salt: str, title: str, label: str, note: str, draw: Callable[[], Any]) -> Drawing:
+    """Return what `draw` draws, in the style of all charts."""
+    from matplotlib import rc_context
+
+    with rc_context(style(salt)):
+        return Drawing(title, label, note, svg(draw()))
+
+
+def plain(panel: Any, axis: str) -> None:
+    """Leave a panel nothing but its marks and a light grid."""
+    panel.tick_params(length=0, labelsize=8)
+    panel.grid(axis=axis, color=INK, alpha=0.12)
+    panel.set_axisbelow(True)
+    panel.spines[:].set_visible(False)
+
+
+def few_ticks() -> Any:
+    """Return a locator of ticks that leave room for units."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=4)
 
 
 def style(salt: str) -> dict[str, Any]:
@@ -109,39 +159,14 @@ def svg(figure: Any) -> str:
     return file.getvalue()
 
 
-def _panel(panel: Any, result: BenchResult, condition: Condition) -> None:
-    """Draw one condition. The dots of a subject are spread by round, so that a drift shows as a slant."""
-    names = [model.name for model in result.models]
-    for line, subject in enumerate(result.subjects):
-        turns = subject.measured(condition)
-        if not turns:
-            continue
-        position = names.index(subject.model)
-        colour = GREY if position == 0 else COLOURS[(position - 1) % len(COLOURS)]
-        values = [turn.latency_s for turn in turns.values()]
-        heights = line + np.linspace(-0.22, 0.22, len(values))
-        panel.scatter(values, heights, s=14, color=colour, alpha=0.6, linewidths=0)
-        panel.plot([np.median(values)] * 2, [line - 0.34, line + 0.34], color=colour, linewidth=2.5)
-    panel.set_title(f"batch {condition.batch_size}, {condition.num_inference_steps} steps", loc="left", fontsize=10)
-    panel.set_xlim(left=0)
-    panel.xaxis.set_major_locator(_few_ticks())
-    panel.xaxis.set_major_formatter(lambda value, _: units.seconds(value))
-    panel.tick_params(length=0, labelsize=9)
-    panel.grid(axis="x", color=INK, alpha=0.12)
-    panel.spines[:].set_visible(False)
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4)
-
-
 def for_page(file: str, label: str) -> str:
     """Return an SVG file's element for use inside a page: in the page's text colour and font, as wide as it may be."""
     element = file[file.index("<svg") :].replace(INK, "currentColor")
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r"font(-family)?: [^;\"]*'[^;\"]*", lambda m: re.sub(r"(?<=px ).*", "inherit", m[0]), element)
+    # Names that every figure has would stand in the page once for each.
+    used = set(re.findall(r"#([\w-]+)", element))
+    element = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", element)
     return re.sub(
         r'width="[\d.]+pt" height="[\d.]+pt"', f'width="100%" role="img" aria-label="{label}"', element, count=1
     )

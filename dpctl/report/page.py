@@ -1,38 +1,26 @@
-"""What a report says, as plain text and tables: the terminal, Markdown and HTML show the same words."""
+"""What a report says in words: the terminal, Markdown and HTML show the same."""
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from dpctl import units
-from dpctl.bench.compare import Estimate, Percentiles
-from dpctl.bench.metrics import Figure
-from dpctl.bench.result import EAGER, BenchResult, Model, Quality, Row, difference
+from dpctl.bench.compare import Estimate
+from dpctl.bench.result import INEXACT, BenchResult, Model, Quality, Row, difference
+from dpctl.report.tables import became_time, chosen_rows, interval, ratio
 
 METHOD = (
     "Each subject (a model on a backend) runs in a fresh process of its own, with the same number of threads, and "
     "waits on a pipe without using the processor while it is another's turn. In each round every subject draws the "
-    "same images from the same noise, one after the other, in an order that changes from round to round; the first "
-    "round warms up and is not counted. A speed-up is the median over rounds of baseline time / subject time of the "
-    "same round; brackets are bootstrap 95 % intervals of that median, and of the quality figures over samples. Peak "
-    "memory is resident memory while drawing, beyond what the imported libraries take, in a pass before the turns. "
+    "same images from the same noise, one after the other, in an order that changes from round to round; before that "
+    "each warms up until two turns take about the same time. A speed-up is the median over rounds of baseline time / "
+    "subject time of the same round; brackets are bootstrap 95 % intervals of that median, and of the quality figures "
+    "over samples. Peak memory is resident memory while drawing, beyond what the imported libraries take, in a pass "
+    "before the turns. "
     "MACs count convolutions and linear layers of one forward pass at batch 1."
 )
-# Columns of text stand left, figures right.
-TEXT = frozenset({"model", "backend", "kind", "metric", "left out", "vs baseline, same backend", "vs baseline, eager"})
 # FID's bias at this many samples no longer decides between two models of this size.
 MANY_SAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text; `marks` are the rows that show the baseline."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    marks: frozenset[int] = frozenset()
 
 
 def title(result: BenchResult) -> str:
@@ -41,136 +29,14 @@ def title(result: BenchResult) -> str:
     return f"{others} against {result.baseline.name}" if others else result.baseline.name
 
 
-def speed(result: BenchResult) -> Table:
-    """Return the table of latency, throughput, memory and speed-ups: one line per subject and condition."""
-    rows = tuple(
-        (
-            *(row.model, row.backend, str(row.batch_size), str(row.num_inference_steps)),
-            *(_percentiles(row.latency_s), _percentiles(row.step_latency_s)),
-            f"{row.images_per_second:.3g}",
-            "" if row.peak_memory_bytes is None else units.bytes_(row.peak_memory_bytes),
-            *(ratio(row.pruning), ratio(row.total)),
-        )
-        for row in result.rows
-    )
-    headings = (
-        "model",
-        "backend",
-        "batch",
-        "steps",
-        "a batch, p50 / p90",
-        "a step, p50 / p90",
-        "images/s",
-        "peak memory",
-    )
-    return Table(
-        "Speed",
-        (*headings, "vs baseline, same backend", "vs baseline, eager"),
-        rows,
-        f"Medians of paired ratios over {result.recipe['rounds']} rounds, 95 % intervals, {result.threads} thread(s). "
-        f"The last column holds the backend's part and the pruning's together.{_saving(result)}",
-        frozenset(i for i, row in enumerate(result.rows) if row.model == result.baseline.name),
-    )
-
-
-def _saving(result: BenchResult) -> str:
-    """Say what part of the MACs that were saved became time that was saved."""
-    told = []
-    for model in result.models[1:]:
-        saved = 1 - model.macs / result.baseline.macs
-        told += [
-            f"{units.percent((1 - 1 / row.pruning.value) / saved)} at batch {row.batch_size} ({model.name})"
-            for row in chosen_rows(result, model)
-            if saved > 0 and row.pruning is not None and row.pruning.low > 1
-        ]
-    return f" Of the MACs saved, this part became time saved: {', '.join(told)}." if told else ""
-
-
-def _percentiles(found: Percentiles) -> str:
-    p99 = "" if found.p99 is None else f" (p99 {units.seconds(found.p99)})"
-    return f"{units.seconds(found.p50)} / {units.seconds(found.p90)}{p99}"
-
-
-def ratio(found: Estimate | None) -> str:
-    """Write a speed-up with its interval; where the interval holds 1, in words."""
-    if found is None:
-        return "-"
-    within = f"[{found.low:.2f}, {found.high:.2f}]"
-    return f"no significant difference {within}" if found.holds(1.0) else f"{units.ratio(found.value)} {within}"
-
-
-def models(result: BenchResult) -> Table:
-    """Return the table of sizes: one line per model."""
-    base = result.baseline
-    rows = tuple(
-        (
-            *(model.name, model.kind),
-            _share(model.params, base.params, units.count),
-            _share(model.macs, base.macs, units.count),
-            units.count(model.attention_macs),
-            _share(model.file_bytes, base.file_bytes, units.bytes_),
-        )
-        for model in result.models
-    )
-    headings = ("model", "kind", "parameters", "MACs", "attention products", "on disk")
-    return Table("Size", headings, rows, marks=frozenset({0}))
-
-
-def _share(value: int, whole: int, text: Any) -> str:
-    return text(value) if value == whole or not whole else f"{text(value)} ({units.percent(value / whole)})"
-
-
-def quality(result: BenchResult) -> Table:
-    """Return the table of quality: one line per model and number of steps."""
-    names = sorted({name for found in result.quality for name in found.figures})
-    rows = tuple(
-        (
-            *(found.model, found.backend, str(found.num_inference_steps)),
-            *(interval(found.figures[n]) if n in found.figures else "-" for n in names),
-        )
-        for found in result.quality
-    )
-    marks = frozenset(i for i, found in enumerate(result.quality) if found.model == result.baseline.name)
-    arrows = {"lower": "lower is better", "higher": "higher is closer"}
-    better = {n: f.better for found in result.quality for n, f in found.figures.items()}
-    note = "; ".join(f"{n.upper()}: {arrows[better[n]]}" for n in names if n in better)
-    reasons = sorted(
-        {
-            f"{n.upper()} of {q.model}: {why}"
-            for q in result.quality
-            for n, why in q.left_out.items()
-            if q.model != result.baseline.name or n not in better  # nothing is compared with itself
-        }
-    )
-    headings = ("model", "backend", "steps", *(n.upper() for n in names))
-    return Table("Quality", headings, rows, ". ".join(filter(None, [note, *reasons])), marks)
-
-
-def interval(found: Figure) -> str:
-    """Write a quality figure with its interval."""
-    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
-
-
-def tables(result: BenchResult) -> list[Table]:
-    """Return the tables that have lines."""
-    return [found for found in (speed(result), quality(result), models(result)) if found.rows]
-
-
-def chosen_rows(result: BenchResult, model: Model) -> list[Row]:
-    """Return the lines that speak for a model: one per batch size, at the first number of steps, best on an engine."""
-    backends = sorted({row.backend for row in result.rows if row.model == model.name}, key=lambda b: (b == EAGER, b))
-    steps = result.recipe["num_inference_steps"][0]
-    return [
-        row
-        for row in result.rows
-        if backends and (row.model, row.backend, row.num_inference_steps) == (model.name, backends[0], steps)
-    ]
-
-
 def judged(result: BenchResult, model: Model) -> Quality | None:
-    """Return a model's quality at the first number of steps."""
-    steps = result.recipe["num_inference_steps"][0]
-    return next((q for q in result.quality if (q.model, q.num_inference_steps) == (model.name, steps)), None)
+    """Return a model's own quality at the first number of steps; an approximation's where nothing else was measured."""
+    first = result.recipe["num_inference_steps"][0]
+    found = [q for q in result.quality if (q.model, q.num_inference_steps) == (model.name, first)]
+    exact = [q for q in found if q.backend not in INEXACT]
+    if exact or any(row.backend not in INEXACT for row in chosen_rows(result, model)):
+        return exact[0] if exact else None
+    return found[0] if found else None
 
 
 def verdict(result: BenchResult) -> str:
@@ -227,14 +93,13 @@ def headlines(result: BenchResult) -> list[tuple[str, str, str]]:
         for row in chosen_rows(result, model)[:2]
         if row.pruning is not None
     ]
-    found.append((units.percent(model.macs / base.macs), "of the MACs", _change(base.macs, model.macs, units.count)))
-    found.append(
-        (
-            units.percent(model.params / base.params),
-            "of the parameters",
-            _change(base.params, model.params, units.count),
-        )
-    )
+    parameters = f"{units.percent(model.params / base.params)} of the parameters"
+    change = f"{units.count(base.macs)} to {units.count(model.macs)}"
+    found.append((units.percent(model.macs / base.macs), f"of the MACs; {parameters}", change))
+    found += [
+        (units.percent(part), f"of the MACs saved became time, batch {row.batch_size}", f"in {row.backend}")
+        for row, part in became_time(result, model)[:1]
+    ]
     ours, theirs = judged(result, model), judged(result, base)
     if ours is not None and theirs is not None and "fid" in ours.figures and "fid" in theirs.figures:
         found.append((f"{ours.figures['fid'].value:.3g}", f"FID; {base.name} has {theirs.figures['fid'].value:.3g}",
@@ -251,10 +116,6 @@ def _within(found: Estimate) -> str:
     return "no significant difference" if found.holds(1.0) else f"95 % in [{found.low:.2f}, {found.high:.2f}]"
 
 
-def _change(before: int, after: int, text: Any) -> str:
-    return f"{text(before)} to {text(after)}"
-
-
 def labels(result: BenchResult) -> list[str]:
     """Return what a reader must know to take the figures for what they are."""
     found = [f"{model.name}: {words}" for model in result.models if (words := _training(model))]
@@ -262,8 +123,12 @@ def labels(result: BenchResult) -> list[str]:
         count = max(f.count for q in result.quality for f in q.figures.values()) if _figures(result) else 0
         few = "; with so few, FID is inflated, for all alike" if count < MANY_SAMPLES else ""
         found.append(f"quality rests on {count} samples per model{few}")
-        backends = sorted({q.backend for q in result.quality})
+        backends = sorted({q.backend for q in result.quality} - INEXACT)
         found.append(f"samples were drawn on one backend per model ({', '.join(backends)}){_parity(result)}")
+    found += [
+        f"{name} does not compute the whole network at every step: it is judged by samples of its own"
+        for name in sorted(INEXACT & {subject.backend for subject in result.subjects})
+    ]
     notes = {(n, f.against.partition("; ")[2]) for q in result.quality for n, f in q.figures.items()}
     found += [f"{name}: {note}" for name, note in sorted(notes) if note]
     if result.features:
@@ -297,16 +162,6 @@ def _parity(result: BenchResult) -> str:
     return f"; exports differ from torch by {max(worst):.1e} at most (relative L2)" if worst else ""
 
 
-def lineage(result: BenchResult) -> Table:
-    """Return what led to each model, oldest first."""
-    rows = []
-    for model in result.models:
-        for entry in model.lineage or ({"kind": model.kind, "digest": model.digest, "recipe": {}},):
-            recipe = ", ".join(f"{key} {value}" for key, value in entry["recipe"].items())
-            rows.append((model.name, entry["kind"], entry["digest"][:12], recipe))
-    return Table("Lineage", ("model", "kind", "digest", "recipe"), tuple(rows))
-
-
 def environment(result: BenchResult) -> list[tuple[str, str]]:
     """Return what the figures were measured with, as pairs of text."""
     told = result.environment
@@ -314,11 +169,14 @@ def environment(result: BenchResult) -> list[tuple[str, str]]:
     pairs = {
         "processor": told.get("processor"),
         "GPU": told.get("gpu"),
+        "GPU clock": _clock([state for rounds in told.get("gpu_states", {}).values() for state in rounds]),
+        "large matrix product, float32": _peak(result.peak_flops),
         "threads of each subject": result.threads,
         "load average before, after": f"{told.get('load_average_before')}, {told.get('load_average_after')}",
         "other processes' load": None if busy is None else f"{busy:.2f} cores",
         "frequency governor": told.get("governor") or "not known",
         "system": told.get("system"),
+        "dpctl": told.get("dpctl"),
         "Python": told.get("python"),
         "libraries": ", ".join(f"{name} {version}" for name, version in told.get("libraries", {}).items()),
         "scheduler": result.recipe["scheduler"],
@@ -326,6 +184,24 @@ def environment(result: BenchResult) -> list[tuple[str, str]]:
         "measured": result.created,
     }
     return [(name, str(value)) for name, value in pairs.items() if value is not None]
+
+
+def _clock(states: list[dict[str, Any]]) -> str | None:
+    """Say between what the GPU's clock moved, and what held it back; None without a GPU that says it."""
+    clocks = [state["clock_hz"] for state in states if state["clock_hz"] is not None]
+    if not clocks:
+        return None
+    reasons = sorted({reason for state in states for reason in state["held_back_by"]})
+    return f"{_range(clocks)}Hz{', held back by ' + ', '.join(reasons) if reasons else ''}"
+
+
+def _peak(readings: Sequence[float]) -> str | None:
+    return f"{_range(readings)}FLOP/s" if readings else None
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = dict.fromkeys(units.count(value) for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def repeat_command(result: BenchResult) -> str:
@@ -344,6 +220,8 @@ def repeat_command(result: BenchResult) -> str:
         "--precision": recipe.get("precision", "fp32"),
         "--baselines": ",".join(recipe.get("baselines", ())),
     }
+    files = ("features", "real_images", "clip")
+    options |= {f"--{name.replace('_', '-')}": recipe[name] for name in files if recipe.get(name) is not None}
     words = ["dpctl", "bench", recipe["baseline"], *recipe["candidates"], "--out", "report"]
     flags = ["--fewer-steps" if recipe.get("fewer_steps") else "--no-fewer-steps"]
     return shlex.join([*words, *(word for pair in options.items() for word in pair), *flags])

@@ -1,5 +1,6 @@
 """A made-up result as a real run leaves it: two models on two backends, samples, lineage."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from dpctl.bench.metrics import Figure
 from dpctl.bench.quality import save_samples
-from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Memory, Model, Quality, Subject, Turn
+from dpctl.bench.result import SCHEMA_VERSION, BenchResult, FewerSteps, Memory, Model, Quality, Subject, Turn
 
 TRAINED = {"digest": "1" * 64, "source": "reference", "kind": "trained", "recipe": {"steps": 4000}}
 PRUNED = {"digest": "2" * 64, "source": "", "kind": "pruned", "recipe": {"criterion": "diff-pruning"}}
@@ -94,3 +95,53 @@ def make_result() -> Callable[..., BenchResult]:
         return BenchResult(**given | fields)
 
     return make
+
+
+PARTS = {"text_encoder": 0.1, "denoiser": 0.6, "scheduler": 0.05, "vae": 0.2, "other": 0.05}
+
+
+def _whole_turn(turn: Turn, steps: int, seconds: float) -> Turn:
+    """Return a turn of that many steps in that many times the seconds, split, on a GPU that says what it takes."""
+    latency = turn.latency_s * seconds
+    return dataclasses.replace(
+        turn,
+        num_inference_steps=steps,
+        latency_s=latency,
+        step_latency_s=(latency / steps,) * steps,
+        network_latency_s=(PARTS["denoiser"] * latency / steps,) * steps,
+        parts_s={name: share * latency for name, share in PARTS.items()},
+        network_batch_size=2 * turn.batch_size,
+        energy_j=30.0 * latency,
+    )
+
+
+def _whole_subject(subject: Subject, steps: tuple[int, ...], backend: str | None = None, faster: float = 1) -> Subject:
+    turns = tuple(_whole_turn(turn, n, n / 20 / faster) for n in steps for turn in subject.turns)
+    memory = tuple(dataclasses.replace(m, peak_device_memory_bytes=3 * m.peak_memory_bytes) for m in subject.memory)
+    told = {"first_image_latency_s": 2.5, "build_latency_s": 42.0 if subject.backend == "ort" else None}
+    return dataclasses.replace(subject, backend=backend or subject.backend, turns=turns, memory=memory, **told)
+
+
+@pytest.fixture
+def full_result(make_result: Callable[..., BenchResult], out: Path) -> BenchResult:
+    """All that schema 3 can hold: 10 and 20 steps, the baseline with 13 for 20 and with DeepCache, parts, energy."""
+    few = make_result()
+    whole = [_whole_subject(s, (10, 20, 13) if s.model == "reference" else (10, 20)) for s in few.subjects]
+    cached = _whole_subject(few.subjects[0], (10, 20), "deepcache", 1.8)
+    drawn = [("reference", "ort", 10, 12.0), ("reference", "ort", 20, 10.0), ("reference", "ort", 13, 11.0),
+             ("slim", "ort", 10, 12.5), ("slim", "ort", 20, 10.5),
+             ("reference", "deepcache", 10, 14.0), ("reference", "deepcache", 20, 13.0)]  # fmt: skip
+    quality = []
+    for number, (model, backend, steps, fid) in enumerate(drawn):
+        file = f"samples/{number}.npz"
+        greys = np.arange(24, dtype=np.uint8).reshape(24, 1, 1, 1) + 30 * number
+        save_samples(out / file, [np.broadcast_to(greys, (24, 8, 8, 1))])
+        quality.append(Quality(model, backend, steps, file, {"fid": _figure(fid, 0.2, "lower")}, {}))
+    return dataclasses.replace(
+        few,
+        recipe=few.recipe | {"num_inference_steps": [20, 10], "baselines": ["eager", "deepcache"], "fewer_steps": True},
+        subjects=(*whole[:2], cached, *whole[2:]),
+        quality=tuple(quality),
+        fewer_steps=(FewerSteps("slim", "eager", 20, 13), FewerSteps("slim", "ort", 20, 13)),
+        peak_flops=(400e9, 500e9, 450e9),
+    )

@@ -52,12 +52,12 @@ def test_page_and_markdown_show_the_pictures(make_result: Make, out: Path) -> No
     for name, title in (("widths-1.svg", "Widths"), ("sensitivity-1.svg", "Sensitivity")):
         assert f"]({name})" in markdown
         assert f"## {title}\n" in markdown
-        assert f"<h2>{title}</h2>" in page
+        assert f">{title}</h2>" in page
     assert 'aria-label="widths before and after"' in page
     assert 'aria-label="rise of the loss by group"' in page
     assert "8 images of reference with fixed noise, each at the timesteps 125, 375" in page
     HTMLParser().feed(page)
-    assert page.count("<svg") == page.count("</svg>") == 3
+    assert page.count("<svg") == page.count("</svg>") == 2
     assert charts.INK not in page
 
 
