@@ -164,7 +164,7 @@ class BenchRecipe:
     baseline: str = "reference"
     candidates: tuple[str, ...] = ()
     backends: tuple[str, ...] = ("eager", "ort")
-    baselines: tuple[str, ...] = ("eager", "compiled")
+    baselines: tuple[str, ...] = ("eager", "compiled", "deepcache")
     fewer_steps: bool = True
     precision: str = "fp32"
     batch_sizes: tuple[int, ...] = (1, 8)

@@ -19,7 +19,7 @@ def recipe(toy_pipeline: Path, toy_images: Path) -> ChainRecipe:
         prune=PruneRecipe(target_macs=0.6, data=data, images=8, timesteps=4),
         finetune=FinetuneRecipe(data=data, steps=3, batch_size=4),
         export=ExportRecipe(batch=(1, 2, 4)),
-        bench=BenchRecipe(batch_sizes=(1,), num_inference_steps=(2,), rounds=2, samples=4, threads=1),
+        bench=BenchRecipe(batch_sizes=(1,), num_inference_steps=(2,), rounds=2, samples=4, threads=1, baselines=()),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpctl import progress
 from dpctl.bench import stability, subjects
+from dpctl.bench.front import equal_latency_steps
 from dpctl.bench.process import QUIET, Worker
 from dpctl.bench.result import Condition, FewerSteps, Memory, Subject, Turn
 from dpctl.errors import DpctlError
@@ -203,8 +204,9 @@ def fewer_steps(runs: Sequence[Run], recipe: BenchRecipe) -> list[FewerSteps]:
                 for size in recipe.batch_sizes
                 if (ours := run.warm(Condition(size, steps))) and (theirs := base.warm(Condition(size, steps)))
             ]
-            fewer = round(steps * sorted(shares)[len(shares) // 2]) if shares else steps
-            if 0 < fewer < steps:
+            # All in units of the baseline's latency: it is given no more time than the candidate takes.
+            fewer = equal_latency_steps(1 / steps, sorted(shares)[len(shares) // 2], 0.0, steps) if shares else steps
+            if fewer < steps:
                 found.append(FewerSteps(run.entry.model.name, run.entry.backend, steps, fewer))
     return found
 

@@ -1,10 +1,10 @@
 """A benchmark's result for people: the terminal's table, report.md, a self-contained report.html. Measures nothing."""
 
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpctl.bench.layers import Layer
 from dpctl.bench.result import BenchResult
 from dpctl.report import architecture, charts, measured, page, tables
 
@@ -32,13 +32,8 @@ def table(result: BenchResult) -> Any:
     return Group(*parts)
 
 
-def write_report(
-    result: BenchResult, out: Path, layers: Mapping[str, Iterable[tables.LayerTimes]] | None = None
-) -> None:
-    """Write report.md (with its pictures beside it) and the self-contained report.html into `out`.
-
-    `layers` has by subject the layers to show one by one.
-    """
+def write_report(result: BenchResult, out: Path) -> None:
+    """Write report.md (with its pictures beside it) and the self-contained report.html into `out`."""
     sheets = charts.sheets(result, out)
     drawings = measured.drawings(result)
     networks = architecture.drawings(result)
@@ -52,7 +47,7 @@ def write_report(
         "verdict": page.verdict(result),
         "headlines": page.headlines(result),
         "labels": page.labels(result),
-        "tables": tables.tables(result, layers),
+        "tables": tables.tables(result, lagging(result)),
         "sheets": sheets,
         "drawings": drawings,
         "networks": networks,
@@ -63,6 +58,12 @@ def write_report(
     }
     for name in ("report.md", "report.html"):
         (out / name).write_text(_template(name).render(told), encoding="utf-8")
+
+
+def lagging(result: BenchResult) -> dict[str, tuple[Layer, ...]]:
+    """Return by subject the layers whose time did not follow their MACs, those that lost most first."""
+    compared = {subject.name: result.layers(subject.model, subject.backend) for subject in result.subjects}
+    return {name: found.lagging for name, found in compared.items() if found is not None}
 
 
 def _template(name: str) -> Any:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpctl import units
+from dpctl.bench import front
 from dpctl.bench.compare import Estimate
-from dpctl.bench.result import INEXACT, BenchResult, Model, Quality, Row, difference
+from dpctl.bench.result import INEXACT, BenchResult, Condition, Model, Quality, Row, difference
 from dpctl.report.tables import became_time, chosen_rows, interval, ratio
 
 METHOD = (
@@ -53,7 +54,30 @@ def _verdict(result: BenchResult, model: Model) -> str:
     told = " and ".join(f"{_speed(row.pruning)} at batch {row.batch_size}" for row in rows if row.pruning is not None)
     worse, words = _quality_verdict(judged(result, model), judged(result, base))
     speed_of = f"its speed in {rows[0].backend}, relative to {base.name}, is {told}"
-    return f"{cost}; {speed_of}{words}. {_conclusion(rows, worse)}"
+    against = _against_fewer_steps(result, model, rows[0])
+    return f"{cost}; {speed_of}{words}. {_conclusion(rows, worse)}{against}"
+
+
+def _against_fewer_steps(result: BenchResult, model: Model, row: Row) -> str:
+    """Say how a candidate stands against the baseline with fewer steps, at a line's backend and batch size."""
+    ours, theirs = (_curve(result, each.name, row.backend, row.batch_size) for each in (model, result.baseline))
+    if not ours or len(theirs) < 2:
+        return ""
+    found = front.compare_curves(ours, theirs)
+    return f" {front.verdict(found, model.name, result.baseline.name, row.backend)}"
+
+
+def _curve(result: BenchResult, model: str, backend: str, batch_size: int) -> list[front.Point]:
+    """Return a subject's points of FID over latency, at every number of steps that has been judged."""
+    subject = result.subject(model, backend)
+    found = {q.num_inference_steps: q.figures for q in result.quality if q.model == model and q.backend not in INEXACT}
+    points = []
+    for steps, figures in found.items():
+        turns = subject.measured(Condition(batch_size, steps)) if subject is not None else {}
+        if turns and "fid" in figures:
+            rounds = {number: turn.latency_s for number, turn in turns.items()}
+            points.append(front.measured(model, steps, rounds, figures["fid"]))
+    return points
 
 
 def _speed(found: Estimate) -> str:
