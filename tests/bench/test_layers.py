@@ -145,6 +145,6 @@ def test_a_worker_profiles_its_subject_and_the_machine(tiny: Path) -> None:
 
 
 def test_a_backend_without_a_profiler_has_no_layers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = Subject(str(tiny), "eager", "ddim", threads=torch.get_num_threads(), seed=0)
+    subject = Subject(str(tiny), "eager", threads=torch.get_num_threads(), scheduler="ddim", seed=0)
     monkeypatch.delattr(eager, "profile")
     assert subject.profile(batch_size=1, runs=1) == {"layers": None}

@@ -18,6 +18,7 @@ def test_the_peak_is_of_real_products(dtype: str, monkeypatch: pytest.MonkeyPatc
         return multiply(left, right, out=out)
 
     monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     before = torch.get_num_threads()
     peak = light.peak_flops("cpu", threads=before + 1, dtype=dtype, seconds=0)
     assert torch.get_num_threads() == before
@@ -33,11 +34,24 @@ def test_the_peak_is_of_real_products(dtype: str, monkeypatch: pytest.MonkeyPatc
 
 def test_time_enough_gives_the_largest_product_and_seconds_become_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(light, "_product_s", lambda size, dtype, device, count: [9.0, *[size / 1e6] * (count - 1)])
+    monkeypatch.setattr(light, "_onednn_s", lambda size, count: [9.0] * count)
     peak = light.peak_flops("cpu", threads=1, seconds=0.3)
     assert peak.size == light.LARGEST["cpu"]
     assert peak.flops_per_s == (2 * 2048**3 / (2048 / 1e6),) * light.REPETITIONS  # without the first, which warms up
     # Eight times as long would be the next: 8 * 512 / 1e6 s.
     assert light.peak_flops("cpu", threads=1, seconds=8 * 512 / 1e6 - 1e-9).size == 512
+
+
+def test_the_faster_of_two_libraries_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(light, "_product_s", lambda size, dtype, device, count: [size / 1e6] * count)
+    monkeypatch.setattr(light, "_onednn_s", lambda size, count: [9.0, *[size / 2e6] * (count - 1)])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert max(light.peak_flops("cpu", threads=1).flops_per_s) == 2 * 2048**3 / (2048 / 2e6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_onednn_multiplies_for_real() -> None:
+    assert all(each > 0 for each in light._onednn_s(64, 3))
 
 
 def test_precision_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
