@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from dpctl.bench.metrics import Drawn, LeftOut, clip_score
-from dpctl.bench.quality import assess, judge, save_samples
+from dpctl.bench.quality import Samples, assess, judge, save_samples
 from dpctl.errors import DpctlError
 
 PROMPTS = ("a cat", "a tab", "tab", "bat", "c")
@@ -131,6 +131,6 @@ def test_what_is_no_whole_clip_model_in_safetensors_is_refused(toy_clip: Path, t
 
 def test_a_benchmark_hands_prompts_and_model_on(toy_clip: Path, tmp_path: Path) -> None:
     save_samples(tmp_path / "one.npz", [pictures()])
-    samples = [("one", "eager", 2, "one.npz")]
+    samples = [Samples("one", "eager", 2, "one.npz")]
     (found,) = assess(samples, tmp_path, "one", None, prompts=PROMPTS, clip=str(toy_clip))
     assert found.figures == {"clip-score": clip_score.measure(Drawn(pictures(), None, prompts=PROMPTS, clip=toy_clip))}

@@ -27,13 +27,15 @@ from dpctl.recipe import BenchRecipe
 
 ROOT = Path(__file__).parents[2]
 COUNT = 150  # parts of 64, 64 and 22 images: the second is the second process's
-OPTIONS = ("--backend", "eager", "--batch-size", "1", "--num-inference-steps", "2", "--rounds", "1", "--threads", "1")
+OPTIONS = ("--backend", "eager", "--batch-size", "1", "--num-inference-steps", "2", "--rounds", "1", "--threads", "1",
+           "--baselines", "", "--no-fewer-steps")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny: Path) -> BenchRecipe:
     small = BenchRecipe(backends=("eager",), batch_sizes=(1,), num_inference_steps=(2,), rounds=1, threads=1)
-    return dataclasses.replace(small, baseline=str(tiny), candidates=(str(tiny),), samples=COUNT)
+    alone = {"baselines": (), "fewer_steps": False}
+    return dataclasses.replace(small, baseline=str(tiny), candidates=(str(tiny),), samples=COUNT, **alone)
 
 
 @pytest.fixture(scope="module")

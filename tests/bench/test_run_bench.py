@@ -18,7 +18,9 @@ from dpctl.bench.result import BenchResult, Condition, FewerSteps
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe, to_dict
 
-SMALL = BenchRecipe(batch_sizes=(1, 2), num_inference_steps=(2,), rounds=2, samples=5, threads=1, baselines=())
+SMALL = BenchRecipe(
+    batch_sizes=(1, 2), num_inference_steps=(2,), rounds=2, samples=5, threads=1, baselines=(), fewer_steps=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,7 @@ def test_the_baseline_is_measured_on_more_backends_and_with_fewer_steps(
         SMALL, baseline=str(tiny), candidates=(str(tiny),), backends=("eager",), num_inference_steps=(4,)
     )
     result = bench.run_bench(
-        dataclasses.replace(recipe, batch_sizes=(1,), baselines=("eager",)), tmp_path, space=toy_space
+        dataclasses.replace(recipe, batch_sizes=(1,), baselines=("eager",), fewer_steps=True), tmp_path, space=toy_space
     )
     assert result.fewer_steps == (FewerSteps("tiny (2)", "eager", 4, 2),)
     rows = [(row.model, row.num_inference_steps, row.instead_of) for row in result.rows]
