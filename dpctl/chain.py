@@ -41,7 +41,11 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
         _finetune(out / "pruned", scratch, _from_scratch(recipe), cut.digest, bar)
         candidates.append(str(scratch))
     _export(recipe, finetuned, out / "exported", tuned.digest, bar)
-    measured = dataclasses.replace(recipe.bench, baseline=recipe.model, candidates=tuple(candidates))
+    # The baseline is exported as the candidate was: fair in precision, and the chain's own export serves.
+    precision = recipe.export.precision
+    measured = dataclasses.replace(
+        recipe.bench, baseline=recipe.model, candidates=tuple(candidates), precision=precision
+    )
     return _bench_stage(measured, out / "bench", [out / "exported"], bar)
 
 
@@ -52,6 +56,9 @@ def check(recipe: ChainRecipe) -> None:
 
     if recipe.rounds < 1:
         raise DpctlError("the rounds are below 1", str(recipe.rounds), "give 1 for one cut, or more")
+    if recipe.bench.precision not in (BenchRecipe().precision, recipe.export.precision):
+        got = f"export {recipe.export.precision}, bench {recipe.bench.precision}"
+        raise DpctlError("the chain measures what it exports", got, "leave precision out under [bench]")
     prune.check(recipe.prune)
     finetune.check(recipe.finetune)
     finetune.check(recipe.between)

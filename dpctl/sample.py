@@ -2,15 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dpctl import artifact, progress
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
-from dpctl.models import decoder_of, load_scheduler, resolve
+from dpctl.models import resolve
 
 SAMPLES = "samples.json"
 
@@ -54,66 +53,22 @@ def sample_bytes(directory: Path, wish: Wish, bar: progress.Bar = progress.no_ba
 
     A pipeline with a VAE makes its images itself; other networks sample through our own loop.
     """
+    import torch
+
+    from dpctl.bench.painter import open_painter
+
     manifest = artifact.read_manifest(directory)
     exported = manifest is not None and manifest.kind == "exported"
     backend = ("ort" if exported else "eager") if wish.backend == "auto" else wish.backend
-    wish = replace(wish, backend=backend)
-    if wish.prompt is None and wish.guidance_scale is not None:
-        raise DpctlError("guidance is towards a text", f"--guidance-scale {wish.guidance_scale}", "give --prompt too")
-    if decoder_of(directory) is not None:
-        return _from_pipeline(directory, wish, bar)
-    if wish.prompt is not None:
-        raise DpctlError("this model takes no text", str(directory), "leave --prompt out")
-    return _from_loop(directory, wish, bar)
-
-
-def _from_loop(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
-    import torch
-
-    from runtime import make_scheduler, open_denoiser, sample
-
-    scheduler = make_scheduler(wish.scheduler, load_scheduler(directory).config)
+    asked: dict[str, Any] = {"scheduler": wish.scheduler, "seed": wish.seed, "guidance_scale": wish.guidance_scale}
+    prompts = () if wish.prompt is None else (wish.prompt,)
     parts = []
-    with bar("sample", wish.count) as advance, open_denoiser(directory, wish.backend) as denoiser:
-        for indices in _batches(wish):
-            steps = wish.num_inference_steps
-            parts.append(sample(denoiser, scheduler, seed=wish.seed, indices=indices, num_inference_steps=steps))
+    with open_painter(directory, backend, prompts=prompts, **asked) as painter, bar("sample", wish.count) as advance:
+        for start in range(0, wish.count, wish.batch_size):
+            indices = range(start, min(start + wish.batch_size, wish.count))
+            parts.append(painter.paint(indices, wish.num_inference_steps))
             advance(len(indices))
     return to_bytes(torch.cat(parts))
-
-
-def _from_pipeline(directory: Path, wish: Wish, bar: progress.Bar) -> Any:
-    import torch
-
-    from runtime import load_pipeline
-    from runtime.pipeline import draw_images, hide_progress, pipeline_class
-
-    _check_prompt(pipeline_class(directory), wish)
-    hide_progress()
-    pipe = load_pipeline(directory, wish.backend, scheduler=wish.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    more: dict[str, Any] = {"num_inference_steps": wish.num_inference_steps, "guidance_scale": wish.guidance_scale}
-    parts = []
-    with pipe.unet, bar("sample", wish.count) as advance:
-        for indices in _batches(wish):
-            prompts = None if wish.prompt is None else [wish.prompt] * len(indices)
-            parts.append(draw_images(pipe, seed=wish.seed, indices=indices, prompts=prompts, **more))
-            advance(len(indices))
-    return to_bytes(torch.cat(parts))
-
-
-def _check_prompt(kind: Any, wish: Wish) -> None:
-    from runtime.pipeline import takes_text
-
-    if wish.prompt is None and takes_text(kind):
-        raise DpctlError("this model draws what a text says", kind.__name__, "give --prompt TEXT")
-    if wish.prompt is not None and not takes_text(kind):
-        raise DpctlError("this model takes no text", kind.__name__, "leave --prompt out")
-
-
-def _batches(wish: Wish) -> Iterator[range]:
-    for start in range(0, wish.count, wish.batch_size):
-        yield range(start, min(start + wish.batch_size, wish.count))
 
 
 def to_bytes(images: Any) -> Any:

@@ -8,6 +8,7 @@ import copy
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from toys import Done
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -295,3 +297,24 @@ def stand_in() -> Callable[..., Any]:
             return make(*args, **kwargs)
 
     return Library
+
+
+@pytest.fixture
+def dpctl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., Done]:
+    """Return the command, run in this process: a traceback fails the test."""
+    from dpctl import cli
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dpctl", *map(str, arguments)])
+        capfd.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        return Done(int(code or 0), *capfd.readouterr())  # type: ignore[call-overload]
+
+    return run

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import Done
 
 from dpctl import artifact, cli
 from dpctl.errors import DpctlError, GateError
@@ -31,31 +31,6 @@ COMMANDS = (
     "inspect",
     "doctor",
 )
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a run of the command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def dpctl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., Done]:
-    """Return the command, run in this process: a traceback fails the test."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dpctl", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Done(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
 
 
 def in_a_process(*arguments: object, cwd: Path) -> Done:

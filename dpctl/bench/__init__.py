@@ -21,7 +21,7 @@ from dpctl.bench.process import Worker
 from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Model
 from dpctl.errors import DpctlError
 from dpctl.models import resolve
-from dpctl.recipe import BenchRecipe, to_dict
+from dpctl.recipe import BenchRecipe, ExportRecipe, to_dict
 from runtime import BACKENDS
 from runtime.schedulers import check_scheduler
 
@@ -124,7 +124,19 @@ def check(recipe: BenchRecipe) -> None:
             f"threads {recipe.threads}, samples {recipe.samples}",
             "give 1 or more (samples: 0 leaves the quality out)",
         )
+    check_precision(recipe)
     quality.check(recipe)
+
+
+def check_precision(recipe: BenchRecipe) -> None:
+    """Raise a DpctlError for a precision that nothing can be exported in, and where nothing would be exported."""
+    from export.to_onnx import check as check_export
+
+    check_export(ExportRecipe(precision=recipe.precision))
+    exported = any(registry.load(BACKENDS, backend, "backend").RUNS_EXPORTED for backend in recipe.backends)
+    if recipe.precision != "fp32" and not exported:
+        got = f"{recipe.precision} for {', '.join(recipe.backends)}, which run the weights as they are"
+        raise DpctlError("the precision is that of exports, and none is measured", got, "add a backend such as ort")
 
 
 def nothing_measured(runs: Sequence[Run]) -> DpctlError:

@@ -22,15 +22,13 @@ from dpctl import progress
 from dpctl.bench import quality, subjects
 from dpctl.bench.process import Worker
 from dpctl.bench.quality import Samples
-from dpctl.bench.result import INEXACT, FewerSteps, Model
+from dpctl.bench.result import INEXACT, OWN_WEIGHTS, FewerSteps, Model
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
 
 if TYPE_CHECKING:
     from dpctl.bench.measuring import Run
 
-# What runs the weights themselves is slower than an engine.
-OWN_WEIGHTS = ("eager", "compiled")
 # How often a waiting process looks: a wait inside the store would hear no signal and log every second.
 LOOK_EVERY_S = 0.2
 # How long the first process stays for the others to read that it is done, where the store ends with it.

@@ -62,6 +62,16 @@ class Run:
             if peak is not None and self.opened["peak_is_reset"]:
                 self.memory.append(Memory(batch_size=size, **peak))
 
+    def profile(self, batch_size: int) -> Sequence[LayerTime]:
+        """Return the layers' times; none where the profiler refuses, which is no failure of the subject."""
+        if self.worker is None or self.failure is not None:
+            return ()
+        try:
+            answer = self.worker.ask("profile", batch_size=batch_size, runs=PROFILED_PASSES)
+        except DpctlError:
+            return ()
+        return [LayerTime(**layer) for layer in answer["layers"] or ()]
+
     def turn(self, number: int, condition: Condition) -> None:
         """Take one turn: round 0 warms up."""
         asked: dict[str, Any] = dataclasses.asdict(condition)
@@ -164,17 +174,15 @@ class Measurement:
     def _profiles(self, bar: progress.Bar) -> None:
         """Take the layers' times of every model on the backends that all share, in turns as well."""
         runs = [run for run in self.runs if run.entry.backend in self.recipe.backends]
-        asked = {"batch_size": min(self.recipe.batch_sizes), "runs": PROFILED_PASSES}
-        taken: dict[int, list[tuple[LayerTime, ...]]] = {id(run): [] for run in runs}
+        taken: dict[int, list[Sequence[LayerTime]]] = {id(run): [] for run in runs}
         with bar("profile", len(runs) * PROFILED_ROUNDS) as advance:
-            for number in range(PROFILED_ROUNDS if runs else 0):
+            for number in range(PROFILED_ROUNDS):
                 for run in order(runs, number):
-                    answer = run.ask("profile", **asked)
-                    if answer is not None and answer["layers"] is not None:
-                        taken[id(run)].append(tuple(LayerTime(**layer) for layer in answer["layers"]))
+                    taken[id(run)].append(run.profile(min(self.recipe.batch_sizes)))
                     advance(1, subject=run.entry.name)
         for run in runs:
-            run.layers = layer_times(taken[id(run)])
+            # A pass that a profiler did not tell of is none, and not one in which nothing ran.
+            run.layers = layer_times(filter(None, taken[id(run)]))
 
     def _round(self, number: int, asked: dict[int, list[Condition]], advance: progress.Advance) -> None:
         """Let every subject take its turns of a round, condition by condition."""

@@ -1,4 +1,7 @@
-"""Whole images from any kind of model, and where their time goes: a class for each way of drawing."""
+"""Whole images from any kind of model, and where their time goes: a class for each way of drawing.
+
+`dpctl sample` draws with it too.
+"""
 
 import functools
 import itertools
@@ -9,21 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from dpctl import registry
-from dpctl.bench.result import DENOISER
+from dpctl.bench.result import DENOISER, OTHER, PARTS, SCHEDULER, TEXT_ENCODER, VAE
 from dpctl.errors import DpctlError
 from dpctl.models import decoder_of, load_scheduler
 from runtime import BACKENDS, load_pipeline, make_scheduler, open_denoiser, sample
 from runtime.denoiser import Denoiser
 from runtime.pipeline import draw_images, hide_progress, pipeline_class, takes_text
 
-TEXT_ENCODER, SCHEDULER, VAE, OTHER = "text encoder", "scheduler", "vae", "other"
-PARTS = (TEXT_ENCODER, DENOISER, SCHEDULER, VAE, OTHER)
 STEP = "step"
+GIVEN = "--prompt TEXT (`dpctl sample`), or --prompts FILE with one per line (`dpctl bench`)"
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,15 @@ class Watch:
 
 
 class Painter(ABC):
-    """An open model that draws images: image i of a seed is the same in every batch."""
+    """An open model that draws images, as a context manager: image i of a seed is the same in every batch."""
 
     denoiser: Denoiser
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @abstractmethod
     def paint(self, indices: Sequence[int], num_inference_steps: int) -> Tensor:
@@ -230,11 +238,11 @@ def check_prompts(directory: Path, prompts: Sequence[str], guidance_scale: float
     textual = kind is not None and takes_text(kind)
     name = f"{directory}: {kind.__name__ if kind is not None else 'a network over pixels'}"
     if textual and not prompts:
-        raise DpctlError("this model draws what a text says", name, "give --prompts FILE, one prompt per line")
+        raise DpctlError("this model draws what a text says", name, f"give one: {GIVEN}")
     if prompts and not textual:
-        raise DpctlError("this model takes no text", name, "leave --prompts out")
+        raise DpctlError("this model takes no text", name, "leave the prompts out")
     if guidance_scale is not None and not prompts:
-        raise DpctlError("guidance is towards a text", f"--guidance-scale {guidance_scale}", "give --prompts FILE too")
+        raise DpctlError("guidance is towards a text", f"--guidance-scale {guidance_scale}", f"give one: {GIVEN}")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise DpctlError("the guidance scale is not a finite number", str(guidance_scale), "give one, such as 7.5")
 
@@ -252,9 +260,3 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not found:
         raise DpctlError("there are no prompts", f"{path}: {len(lines)} lines, all empty", todo)
     return found
-
-
-def ceiling(times: Times) -> float:
-    """Return how many times faster the whole image could be if the network took no time at all (Amdahl's law)."""
-    rest = times.latency_s - times.parts_s[DENOISER]
-    return times.latency_s / rest if rest > 0 else math.inf

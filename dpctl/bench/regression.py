@@ -302,9 +302,13 @@ def _quality(old: BenchResult, new: BenchResult) -> Iterator[Change]:
 
 
 def _paired_quality(old: BenchResult, new: BenchResult) -> list[tuple[Quality, Quality]]:
-    theirs = {(each.model, each.num_inference_steps): each for each in old.quality}
-    ours = {(each.model, each.num_inference_steps): each for each in new.quality}
+    theirs, ours = ({_kind(each): each for each in result.quality} for result in (old, new))
     return [(theirs[key], each) for key, each in ours.items() if key in theirs]
+
+
+def _kind(each: Quality) -> tuple[str, int, str | None]:
+    """Return what samples are compared by: exact backends draw a model's own, an approximation others."""
+    return each.model, each.num_inference_steps, each.approximation
 
 
 def _unlike(name: str, one: Figure, other: Figure, old: BenchResult, new: BenchResult) -> str | None:
@@ -342,9 +346,9 @@ def _lost(old: BenchResult, new: BenchResult) -> Iterator[str]:
             yield f"{after.name}: {after.failure}"
     if not new.recipe.get("samples"):
         return
-    found = {(each.model, each.num_inference_steps): each for each in new.quality}
+    found = {_kind(each): each for each in new.quality}
     for earlier in old.quality:
-        key = (earlier.model, earlier.num_inference_steps)
+        key = _kind(earlier)
         if key[0] not in {model.name for model in new.models} or key[1] not in new.recipe["num_inference_steps"]:
             continue
         later = found.get(key)

@@ -13,15 +13,17 @@ from typing import Any
 
 from dpctl.bench.compare import Estimate, Percentiles, interval, paired_ratio, percentiles
 from dpctl.bench.layers import Comparison, compare
+from dpctl.bench.light import fraction
 from dpctl.bench.metrics import Figure
 from runtime.layers import LayerTime
 
 SCHEMA_VERSION = 3
 EAGER = "eager"
-# Backends that do not compute the whole network at every call.
+# Backends that do not compute the whole network at every call, and those that run the model's own weights exactly.
 INEXACT = frozenset({"deepcache"})
-# The part of `Turn.parts_s` that is the network's.
-DENOISER = "denoiser"
+OWN_WEIGHTS = frozenset({EAGER, "compiled"})
+# What `Turn.parts_s` splits a latency into.
+TEXT_ENCODER, DENOISER, SCHEDULER, VAE, OTHER = PARTS = ("text encoder", "denoiser", "scheduler", "vae", "other")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ class Quality:
     figures: dict[str, Figure]
     left_out: dict[str, str]
 
+    @property
+    def approximation(self) -> str | None:
+        """The backend that only approximates the model; None for the model's own samples, whatever drew them."""
+        return self.backend if self.backend in INEXACT else None
+
 
 @dataclass(frozen=True)
 class FewerSteps:
@@ -153,7 +160,8 @@ class Row:
     baseline on eager; for the baseline itself `total` is therefore the backend's part. Both are medians
     of paired ratios. `instead_of` is the number of steps in whose place the baseline takes fewer: its ratios are over
     the baseline at that number. `parts` are the shares of the latency; `ceiling` is how many times faster the whole
-    image could be if the network took no time. `light` is the network's FLOP/s over those of a large matrix product.
+    image could be if the network took no time. `light` is the network's FLOP/s over those of a large matrix product, at
+    its best reading.
     """
 
     model: str
@@ -299,9 +307,8 @@ class BenchResult:
         if not self.peak_flops or rows is None or subject.precision != "fp32" or subject.backend in INEXACT:
             return None
         model = self.model(subject.model)
-        flops = 2 * (model.macs + model.attention_macs) * rows  # a multiplication and an addition each
         call = percentiles([latency for turn in turns for latency in turn.network_latency_s]).p50
-        return flops / call / max(self.peak_flops)
+        return fraction(model.macs, model.attention_macs, rows, call, max(self.peak_flops))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the fields, and the derived summary."""

@@ -87,6 +87,7 @@ def warnings(result: BenchResult) -> tuple[str, ...]:
     for condition in result.conditions:
         for subject in result.subjects:
             found += _subject(result, subject, condition)
+    found += _unlike_precisions(result)
     if any(subject.turns and not subject.memory for subject in result.subjects):
         found.append("no peak memory: this system does not let a process reset it (/proc/self/clear_refs); use another")
     found += [f"{subject.name} is incomplete: {subject.failure}" for subject in result.subjects if subject.failure]
@@ -102,6 +103,17 @@ def _machine(environment: dict[str, Any]) -> Iterable[str]:
         )
     if environment.get("governor") in ("powersave", "conservative"):
         yield f"the frequency governor is {environment['governor']}: set it to performance and measure again"
+
+
+def _unlike_precisions(result: BenchResult) -> Iterable[str]:
+    """Name the candidates that run in another precision than the baseline on the same backend."""
+    for subject in result.subjects:
+        base = result.subject(result.baseline.name, subject.backend)
+        if base is not None and base.turns and subject.turns and base.precision != subject.precision:
+            yield (
+                f"{subject.name} is in {subject.precision}, {base.name} in {base.precision}: what is faster by its "
+                f"precision is not faster by pruning; measure with --precision {subject.precision}"
+            )
 
 
 def _held_back(states: dict[str, list[dict[str, Any]]]) -> Iterable[str]:

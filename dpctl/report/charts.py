@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpctl.bench.quality import load_samples
-from dpctl.bench.result import INEXACT, BenchResult, Quality, Row, Subject
+from dpctl.bench.result import BenchResult, Quality, Row, Subject
 from dpctl.report.tables import instead_of
 
 # Stands for the page's own text colour: matplotlib cannot write `currentColor`.
@@ -74,8 +74,8 @@ def sheets(result: BenchResult, out: Path) -> dict[str, Sheet]:
 def _side_by_side(result: BenchResult, steps: int) -> Iterable[tuple[str, Quality]]:
     """Yield what belongs on a sheet: the models, their approximations, the baseline at fewer steps in their place."""
     asked = [q for q in result.quality if q.num_inference_steps == steps]
-    yield from ((q.model, q) for q in asked if q.backend not in INEXACT)
-    yield from ((f"{q.model} / {q.backend}", q) for q in asked if q.backend in INEXACT)
+    yield from ((q.model, q) for q in asked if q.approximation is None)
+    yield from ((f"{q.model} / {q.backend}", q) for q in asked if q.approximation is not None)
     for q in result.quality:
         if instead_of(result, q) == steps:
             yield f"{q.model}, {q.num_inference_steps} steps", q

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpctl import units
-from dpctl.bench.result import BenchResult, Condition, Row
+from dpctl.bench.result import DENOISER, SCHEDULER, TEXT_ENCODER, VAE, BenchResult, Condition, Row
 from dpctl.report import charts, over_latency
 from dpctl.report.charts import COLOURS, GREY, Drawing
 from dpctl.report.tables import part, shares
@@ -16,7 +16,7 @@ from dpctl.report.tables import part, shares
 LINE = 0.42
 # A density of fewer turns would be invented.
 FEWEST_TURNS = 8
-PARTS = {"denoiser": COLOURS[0], "text_encoder": COLOURS[2], "vae": COLOURS[1], "scheduler": COLOURS[3]}
+COLOUR_OF = {DENOISER: COLOURS[0], TEXT_ENCODER: COLOURS[2], VAE: COLOURS[1], SCHEDULER: COLOURS[3]}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Bar:
 
 def drawings(result: BenchResult) -> dict[str, Drawing]:
     """Return file name -> chart, of what this result has."""
-    found = {"front.svg": over_latency.front(result), **_latencies(result), "split.svg": split(result)}
+    found = {"front.svg": over_latency.chart(result), **_latencies(result), "split.svg": split(result)}
     found |= {"memory.svg": memory(result), "light.svg": light(result), "first-image.svg": first_image(result)}
     found |= {"energy.svg": energy(result)}
     return {name: drawing for name, drawing in found.items() if drawing is not None}
@@ -117,7 +117,7 @@ def split(result: BenchResult) -> Drawing | None:
 
     def bar(row: Row) -> Bar:
         of_image = row.latency_s.p50 / row.batch_size
-        pieces = tuple((PARTS.get(name, GREY), share * of_image) for name, share in shares(row).items())
+        pieces = tuple((COLOUR_OF.get(name, GREY), share * of_image) for name, share in shares(row).items())
         ceiling = "" if row.ceiling is None else f", ceiling {units.ratio(row.ceiling)}"
         return Bar(charts.name(row), pieces, f"{units.seconds(of_image)}{ceiling}")
 
@@ -125,7 +125,7 @@ def split(result: BenchResult) -> Drawing | None:
         f"An image's median time at {result.recipe['num_inference_steps'][0]} steps, split. The ceiling is "
         "how many times faster it would be if the network took no time."
     )
-    legend = {part(name): PARTS.get(name, GREY) for name in names}
+    legend = {part(name): COLOUR_OF.get(name, GREY) for name in names}
     return _bars("Where the time goes", note, {f"batch {n}": _of(rows, n, bar) for n in _sizes(rows)},
                  units.seconds, legend)  # fmt: skip
 

@@ -1,13 +1,13 @@
 """The chart of quality over latency: each subject at its numbers of steps, and the front."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dpctl import units
-from dpctl.bench.compare import Estimate, paired_ratio
+from dpctl.bench.front import Point, front, measured
 from dpctl.bench.metrics import Figure
 from dpctl.bench.result import INEXACT, BenchResult, Condition, Row
 from dpctl.report import charts
@@ -19,15 +19,14 @@ DISTANCES = ("fid", "kid")
 
 
 @dataclass(frozen=True)
-class Point:
-    """A subject at a number of steps: the time of an image, and how far its pictures are from real ones."""
+class Judged:
+    """A line of the table, and its point: the time of an image, and how far its pictures are from real ones."""
 
     row: Row
-    latency_s: Estimate
-    distance: Figure
+    point: Point
 
 
-def points(result: BenchResult, batch_size: int) -> list[Point]:
+def points(result: BenchResult, batch_size: int) -> list[Judged]:
     """Return the points of one batch size, of what has been judged."""
     metric = distance(result)
     found = {}
@@ -36,12 +35,16 @@ def points(result: BenchResult, batch_size: int) -> list[Point]:
         subject = result.subject(row.model, row.backend)
         if row.batch_size != batch_size or metric is None or metric not in figures or subject is None:
             continue
-        turns = subject.measured(Condition(batch_size, row.num_inference_steps)).values()
-        each = [turn.latency_s / batch_size for turn in turns]
-        found[charts.name(row), row.num_inference_steps] = Point(
-            row, paired_ratio(each, [1.0] * len(each)), figures[metric]
-        )
+        turns = subject.measured(Condition(batch_size, row.num_inference_steps))
+        rounds = {number: turn.latency_s / batch_size for number, turn in turns.items()}
+        point = measured(subject.name, row.num_inference_steps, rounds, figures[metric])
+        found[subject.name, row.num_inference_steps] = Judged(row, point)
     return list(found.values())
+
+
+def curve(result: BenchResult, model: str, backend: str, batch_size: int) -> list[Point]:
+    """Return a subject's points."""
+    return [p.point for p in points(result, batch_size) if (p.row.model, p.row.backend) == (model, backend)]
 
 
 def distance(result: BenchResult) -> str | None:
@@ -51,29 +54,13 @@ def distance(result: BenchResult) -> str | None:
 
 def _figures(result: BenchResult, row: Row) -> Mapping[str, Figure]:
     """Return the quality of a line's pictures: a model's own, on whatever exact backend they were drawn."""
-    own = row.backend if row.backend in INEXACT else None
-    return next(
-        (
-            q.figures
-            for q in result.quality
-            if (q.model, q.num_inference_steps) == (row.model, row.num_inference_steps)
-            and (q.backend if q.backend in INEXACT else None) == own
-        ),
-        {},
-    )
+    wanted = row.model, row.num_inference_steps, row.backend if row.backend in INEXACT else None
+    found = (q for q in result.quality if (q.model, q.num_inference_steps, q.approximation) == wanted)
+    return next((q.figures for q in found), {})
 
 
-def pareto(found: Iterable[Point]) -> list[Point]:
-    """Return the points that no other beats in both, from the fastest to the closest to real images."""
-    best: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.latency_s.value, p.distance.value)):
-        if not best or point.distance.value < best[-1].distance.value:
-            best.append(point)
-    return best
-
-
-def front(result: BenchResult) -> Drawing | None:
-    """Return the chart of quality over latency: a panel per batch size, a line per subject, the front behind them."""
+def chart(result: BenchResult) -> Drawing | None:
+    """Return the chart of quality over latency: a panel per batch size, a line per subject, the front marked."""
     sizes = result.recipe["batch_sizes"]
     of_size = {size: found for size in sizes if (found := points(result, size))}
     if not any(len(found) > 1 for found in of_size.values()):
@@ -98,29 +85,29 @@ def front(result: BenchResult) -> Drawing | None:
 
     note = (
         "Each point is a subject at the number of steps beside it: left is faster, low is closer to real images, the "
-        "lines are 95 % intervals. The wide line is the front: by these middle values no point is both faster and "
-        "better than one on it. Hollow "
-        "points are the baseline with fewer steps, in the time of a candidate."
+        "lines are 95 % intervals. Points with a halo are on the front: none on it is significantly better in one of "
+        "the two and not significantly worse in the other. Hollow points are the baseline with fewer steps, in the "
+        "time of a candidate."
     )
     return charts.drawn("front", f"{metric} over latency", f"{metric} over latency", note, draw)
 
 
-def _front(panel: Any, result: BenchResult, found: Sequence[Point]) -> None:
-    best = pareto(found)
+def _front(panel: Any, result: BenchResult, found: Sequence[Judged]) -> None:
+    best = front([p.point for p in found])
     backends = list(dict.fromkeys(subject.backend for subject in result.subjects))
-    panel.step([p.latency_s.value for p in best], [p.distance.value for p in best], where="post", color=INK, alpha=0.14,
-               linewidth=7, solid_capstyle="round", label="the front")  # fmt: skip
+    panel.scatter([p.latency_s.value for p in best], [p.fid.value for p in best], s=190, color=INK, alpha=0.16,
+                  linewidths=0, label="on the front")  # fmt: skip
     for name in dict.fromkeys(charts.name(p.row) for p in found):
         own = sorted((p for p in found if charts.name(p.row) == name), key=lambda p: p.row.num_inference_steps)
         colour, marker = charts.colour(result, own[0].row.model), MARKERS[backends.index(own[0].row.backend) % 8]
-        x, y = [p.latency_s.value for p in own], [p.distance.value for p in own]
+        x, y = [p.point.latency_s.value for p in own], [p.point.fid.value for p in own]
         panel.plot(x, y, color=colour, linewidth=1, alpha=0.6)
         spread = [[[abs(f.value - f.low), abs(f.high - f.value)] for f in fs] for fs in
-                  ([p.latency_s for p in own], [p.distance for p in own])]  # fmt: skip
+                  ([p.point.latency_s for p in own], [p.point.fid for p in own])]  # fmt: skip
         panel.errorbar(x, y, *(np.transpose(s) for s in spread[::-1]), fmt="none", ecolor=colour, alpha=0.5)
         panel.plot([], [], color=colour, marker=marker, linewidth=1, markersize=5, label=name)
         for point in own:
-            where, hollow = (point.latency_s.value, point.distance.value), point.row.instead_of is not None
+            hollow, where = point.row.instead_of is not None, (point.point.latency_s.value, point.point.fid.value)
             panel.plot(*where, color=colour, marker=marker, markersize=5, fillstyle="none" if hollow else "full")
             panel.annotate(str(point.row.num_inference_steps), where, (4, 4), textcoords="offset points", fontsize=7)
     panel.xaxis.set_major_locator(charts.few_ticks())

@@ -7,7 +7,8 @@ from typing import Any
 from dpctl import units
 from dpctl.bench import front
 from dpctl.bench.compare import Estimate
-from dpctl.bench.result import INEXACT, BenchResult, Condition, Model, Quality, Row, difference
+from dpctl.bench.result import INEXACT, BenchResult, Model, Quality, Row, difference
+from dpctl.report import over_latency
 from dpctl.report.tables import became_time, chosen_rows, interval, ratio
 
 METHOD = (
@@ -34,7 +35,7 @@ def judged(result: BenchResult, model: Model) -> Quality | None:
     """Return a model's own quality at the first number of steps; an approximation's where nothing else was measured."""
     first = result.recipe["num_inference_steps"][0]
     found = [q for q in result.quality if (q.model, q.num_inference_steps) == (model.name, first)]
-    exact = [q for q in found if q.backend not in INEXACT]
+    exact = [q for q in found if q.approximation is None]
     if exact or any(row.backend not in INEXACT for row in chosen_rows(result, model)):
         return exact[0] if exact else None
     return found[0] if found else None
@@ -60,24 +61,12 @@ def _verdict(result: BenchResult, model: Model) -> str:
 
 def _against_fewer_steps(result: BenchResult, model: Model, row: Row) -> str:
     """Say how a candidate stands against the baseline with fewer steps, at a line's backend and batch size."""
-    ours, theirs = (_curve(result, each.name, row.backend, row.batch_size) for each in (model, result.baseline))
-    if not ours or len(theirs) < 2:
+    where = row.backend, row.batch_size
+    ours, theirs = (over_latency.curve(result, each.name, *where) for each in (model, result.baseline))
+    if not ours or len(theirs) < 2 or over_latency.distance(result) != "fid":
         return ""
     found = front.compare_curves(ours, theirs)
     return f" {front.verdict(found, model.name, result.baseline.name, row.backend)}"
-
-
-def _curve(result: BenchResult, model: str, backend: str, batch_size: int) -> list[front.Point]:
-    """Return a subject's points of FID over latency, at every number of steps that has been judged."""
-    subject = result.subject(model, backend)
-    found = {q.num_inference_steps: q.figures for q in result.quality if q.model == model and q.backend not in INEXACT}
-    points = []
-    for steps, figures in found.items():
-        turns = subject.measured(Condition(batch_size, steps)) if subject is not None else {}
-        if turns and "fid" in figures:
-            rounds = {number: turn.latency_s for number, turn in turns.items()}
-            points.append(front.measured(model, steps, rounds, figures["fid"]))
-    return points
 
 
 def _speed(found: Estimate) -> str:

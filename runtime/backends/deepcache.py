@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpctl import cost
 from dpctl.errors import DpctlError
 from runtime.backends import eager
 from runtime.backends.eager import EagerDenoiser
@@ -104,20 +103,6 @@ def open_denoiser(directory: Path, *, threads: int | None = None, device: str | 
     Raises a DpctlError for an exported directory, and for a network that has no deep part to leave out.
     """
     return DeepCacheDenoiser(eager.load(directory, threads, device))
-
-
-def macs_share(unet: Any, interval: int = INTERVAL, calls: int | None = None) -> float:
-    """Return the MACs that a call takes on average over those of the whole network.
-
-    Over a trajectory of so many `calls`, or in the limit of a long one. Attention's products are left out.
-    """
-    check_interval(interval)
-    inside = {id(parameter) for parameter in outermost_blocks(unet).parameters()}
-    modules = dict(unet.named_modules())
-    macs = {name: n * modules[name].weight.numel() for name, n in cost.positions(unet).items()}
-    between = sum(macs[name] for name in macs if id(modules[name].weight) in inside) / sum(macs.values())
-    whole = 1 / interval if calls is None else -(-calls // interval) / calls
-    return whole + (1 - whole) * between
 
 
 def shared(unet: Any) -> Any:

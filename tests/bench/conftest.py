@@ -1,12 +1,12 @@
 """Made-up results for what derives from them, and a toy feature network for what judges images."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from toys import TEXT, decoder, tokenizer
 
 from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Memory, Model, Subject, Turn
@@ -128,17 +128,6 @@ def toy_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "projection_dim": 16,
-    "bos_token_id": 98,
-    "eos_token_id": 99,
-    "pad_token_id": 99,
-}
 # As few nodes as an export of a network over latents can have.
 LATENTS: dict[str, Any] = {
     "sample_size": 8,
@@ -147,25 +136,6 @@ LATENTS: dict[str, Any] = {
     "norm_num_groups": 4,
     "attention_head_dim": 4,
 }
-
-
-def _tokenizer(directory: Path) -> Any:
-    """A tokenizer of single letters."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(code) for code in range(97, 123)]
-    words = letters + [f"{letter}</w>" for letter in letters]
-    words += [f"unused{n}" for n in range(98 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
-    directory.mkdir()
-    (directory / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=77)
-
-
-def _decoder(kind: Any, **changed: Any) -> Any:
-    size = {"latent_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return kind(**(size | blocks | changed)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -179,9 +149,9 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, families: dict[str, Call
     folder = tmp_path_factory.mktemp("pipelines")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        words, text = _tokenizer(folder / "words"), CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
+        words, text = tokenizer(folder / "words"), CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
         second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT | {"projection_dim": 32})).eval()
-        vae, scheduler = _decoder(diffusers.AutoencoderKL), diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+        vae, scheduler = decoder(diffusers.AutoencoderKL), diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
         kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
         small = diffusers.UNet2DConditionModel(**LATENTS, **kinds, mid_block_type=None, cross_attention_dim=24)
         shared: dict[str, Any] = {"vae": vae, "scheduler": scheduler, "text_encoder": text, "tokenizer": words}
@@ -192,7 +162,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, families: dict[str, Call
         diffusers.StableDiffusionXLPipeline(unet=large, **shared, **both).save_pretrained(folder / "sdxl")
         kinds = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
         unet = diffusers.UNet2DModel(**LATENTS, **kinds, in_channels=3, out_channels=3, add_attention=False)
-        vqvae = _decoder(diffusers.VQModel, latent_channels=3, num_vq_embeddings=16)
+        vqvae = decoder(diffusers.VQModel, latent_channels=3, num_vq_embeddings=16)
         diffusers.LDMPipeline(vqvae=vqvae, unet=unet.eval(), scheduler=scheduler).save_pretrained(folder / "ldm")
         sizes = {
             "d_model": 24,
@@ -203,7 +173,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, families: dict[str, Call
         }
         bert = LDMBertModel(LDMBertConfig(vocab_size=100, max_position_embeddings=77, pad_token_id=0, **sizes))
         levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        eighth = _decoder(diffusers.AutoencoderKL, block_out_channels=(8,) * 4, **levels)  # it divides sizes by 8
+        eighth = decoder(diffusers.AutoencoderKL, block_out_channels=(8,) * 4, **levels)  # it divides sizes by 8
         parts = {"vqvae": eighth, "bert": bert.eval(), "tokenizer": words, "unet": small, "scheduler": scheduler}
         diffusers.LDMTextToImagePipeline(**parts).save_pretrained(folder / "ldm-text")
     return {kind: folder / kind for kind in ("sd", "sdxl", "ldm", "ldm-text")}

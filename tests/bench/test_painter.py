@@ -14,7 +14,7 @@ from dpctl import bench, cli
 from dpctl.artifact import MANIFEST
 from dpctl.bench import painter, subjects
 from dpctl.bench.document import read_result
-from dpctl.bench.painter import Painter, Times, Watch, ceiling, open_painter, read_prompts
+from dpctl.bench.painter import Painter, Times, Watch, open_painter, read_prompts
 from dpctl.bench.quality import load_samples
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, load_scheduler
@@ -141,14 +141,6 @@ def test_every_reading_waits_for_the_device_and_a_call_within_another_counts_onc
     # The clock counts its readings: a call takes one second, and one second lies between two calls.
     parts = {"text encoder": 0.0, "denoiser": 2.0, "scheduler": 4.0, "vae": 0.0, "other": 7.0}
     assert times == Times(13.0, (3.0, 6.0), (1.0, 1.0), parts, 6)
-    assert ceiling(times) == pytest.approx(13 / 11)
-
-
-def test_the_ceiling_is_amdahls() -> None:
-    def spent(network: float) -> Times:
-        return Times(4.0, (), (), {"denoiser": network, "other": 4.0 - network}, 1)
-
-    assert [ceiling(spent(network)) for network in (0.0, 2.0, 3.0, 4.0)] == [1.0, 2.0, 4.0, math.inf]
 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
@@ -170,7 +162,7 @@ def test_prompts_that_are_none_are_refused(content: bytes | None, said: str, tmp
 @pytest.mark.parametrize(
     ("kind", "asked", "said"),
     [
-        ("sd", {"prompts": ()}, "give --prompts FILE"),
+        ("sd", {"prompts": ()}, "or --prompts FILE"),
         ("ldm", {"prompts": PROMPTS}, "takes no text"),
         ("tiny", {"prompts": PROMPTS}, "takes no text"),
         ("ldm", {"guidance_scale": 2.0}, "guidance is towards a text"),

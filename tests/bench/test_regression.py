@@ -3,16 +3,14 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from toys import Done
 
-from dpctl import cli
 from dpctl.bench.document import read_result, write_result
 from dpctl.bench.metrics import Figure, figure
 from dpctl.bench.regression import Change, Comparison, compare
@@ -28,18 +26,12 @@ VERDICT = (
     "1 of the 4 figures that count is significantly worse: "
     "speed-up over the baseline of slim / eager, batch 1, 2 steps, worse by 20.0 %."
 )
+
 Make = Callable[..., BenchResult]
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., Done]:
+def compared(dpctl: Callable[..., Done], tmp_path: Path) -> Callable[..., Done]:
     """Return `dpctl compare` on two results, or on two paths."""
 
     def path(given: BenchResult | Path, name: str) -> Path:
@@ -50,11 +42,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_
         return tmp_path / name / "bench.json"
 
     def run(old: BenchResult | Path, new: BenchResult | Path, *more: str) -> Done:
-        monkeypatch.setenv("NO_COLOR", "1")
-        monkeypatch.setattr(sys, "argv", ["dpctl", "compare", str(path(old, "old")), str(path(new, "new")), *more])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Done(int(ended.value.code or 0), *capfd.readouterr())
+        return dpctl("compare", path(old, "old"), path(new, "new"), *more)
 
     return run
 
@@ -385,3 +373,14 @@ def test_the_evidence_in_the_docs_can_be_compared() -> None:
     path = Path(__file__).parents[2] / "docs/evidence/bench.json"
     result = read_result(path)
     assert compare(result, result).regressions(0.0) == ()
+
+
+def test_an_approximation_is_not_taken_for_the_model_itself(old: BenchResult) -> None:
+    def both(own: float) -> BenchResult:
+        result = judged(old, fid=fid(own))
+        approximated = dataclasses.replace(result.quality[0], backend="deepcache", figures={"fid": fid(20.0)})
+        return dataclasses.replace(result, quality=(*result.quality, approximated))
+
+    changes = compare(both(10.0), both(15.0)).changes
+    found = {change.place.backend: (change.old, change.new) for change in changes if change.figure == "fid"}
+    assert found == {"eager": (10.0, 15.0), "deepcache": (20.0, 20.0)}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpctl import bench
-from dpctl.bench import measuring, subjects
+from dpctl.bench import measuring, stability, subjects
 from dpctl.bench.document import read_result
 from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.quality import load_samples
@@ -225,3 +225,37 @@ def test_a_batch_beyond_an_export_is_refused_before_it_runs(tiny: Path, exported
         dataclasses.replace(recipe, backends=("ort",)), subjects.describe(recipe)[1:], (), bench.progress.no_bar
     )
     assert [entry.refused is not None and "batches of 64 at most" in entry.refused for entry in entries] == [True]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"precision": "fp8"}, "unknown precision"), ({"precision": "fp16", "backends": ("eager",)}, "none is measured")],
+)
+def test_a_precision_that_nothing_would_have_is_refused(tiny: Path, changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(DpctlError, match=told):
+        bench.check(dataclasses.replace(SMALL, baseline=str(tiny), **changed))
+
+
+def test_what_cannot_be_profiled_is_measured_and_judged(
+    tiny: Path, toy_space: FeatureSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = measuring.Worker.ask
+
+    def refusing(self: measuring.Worker, what: str, **request: Any) -> dict[str, Any]:
+        if what == "profile":
+            raise DpctlError("the profiler does not time this", "a device", "use another")
+        return ask(self, what, **request)
+
+    monkeypatch.setattr(measuring.Worker, "ask", refusing)
+    recipe = dataclasses.replace(SMALL, baseline=str(tiny), backends=("eager",), batch_sizes=(1,))
+    (subject,) = bench.run_bench(recipe, tmp_path, space=toy_space).subjects
+    assert (subject.failure, subject.layers) == (None, ())
+    assert (tmp_path / "samples" / "0-2-steps.npz").is_file()
+
+
+def test_candidates_in_another_precision_than_the_baseline_are_named(make_result: Any) -> None:
+    result = make_result({("base", "ort"): [2.0] * 8, ("slim", "ort"): [1.0] * 8})
+    base, slim = result.subjects
+    assert not any("precision" in warning for warning in stability.warnings(result))
+    unlike = dataclasses.replace(result, subjects=(base, dataclasses.replace(slim, precision="fp16")))
+    assert any("slim / ort is in fp16" in warning for warning in stability.warnings(unlike))

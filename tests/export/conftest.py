@@ -1,7 +1,5 @@
 """Two tiny UNets, exported once: an unconditional one with attention, and a pruned class-conditional one."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +80,3 @@ def plain_exported(plain: Any) -> Path:
 def pruned_exported(pruned: Any) -> Path:
     """Shared: copy it before changing a file."""
     return exported(pruned)
-
-
-@pytest.fixture
-def dpctl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Return what runs a command in this process: its exit code, stdout and stderr. A traceback is the test's own."""
-    from dpctl import cli
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpctl", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code
-        return int(code or 0), *capfd.readouterr()
-
-    return run

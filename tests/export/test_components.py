@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from toys import TEXT
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dpctl import artifact
@@ -28,18 +29,6 @@ from export import components, export_model, verify_directory
 from export.components import load_components
 from export.graph import write_graph
 from runtime import open_denoiser
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "projection_dim": 16,
-    "bos_token_id": 98,
-    "eos_token_id": 99,
-    "pad_token_id": 99,
-}
 
 
 def save_pipeline(directory: Path, kind: str, unet: Any, *encoders: Any) -> Path:

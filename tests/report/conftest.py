@@ -97,7 +97,7 @@ def make_result() -> Callable[..., BenchResult]:
     return make
 
 
-PARTS = {"text_encoder": 0.1, "denoiser": 0.6, "scheduler": 0.05, "vae": 0.2, "other": 0.05}
+PARTS = {"text encoder": 0.1, "denoiser": 0.6, "scheduler": 0.05, "vae": 0.2, "other": 0.05}
 
 
 def _whole_turn(turn: Turn, steps: int, seconds: float) -> Turn:

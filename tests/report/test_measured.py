@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from dpctl import report
-from dpctl.bench.compare import Estimate
-from dpctl.bench.metrics import Figure
 from dpctl.bench.result import BenchResult
 from dpctl.report import charts, measured
-from dpctl.report.over_latency import Point, front, pareto, points
+from dpctl.report.over_latency import chart, points
 
 Make = Callable[..., BenchResult]
 ALL = {"front.svg", "latency.svg", "latency-10-steps.svg", "split.svg", "memory.svg", "light.svg", "first-image.svg",
@@ -47,7 +45,7 @@ def test_marks_in_the_page_are_those_of_one_chart_only(full_result: BenchResult,
 
 def test_points_are_of_a_model_s_own_pictures_and_an_approximation_s_of_its_own(full_result: BenchResult) -> None:
     found = {
-        (p.row.model, p.row.backend, p.row.num_inference_steps): (p.distance.value, p.latency_s.value)
+        (p.row.model, p.row.backend, p.row.num_inference_steps): (p.point.fid.value, p.point.latency_s.value)
         for p in points(full_result, 8)
     }
     assert len(found) == 2 * 5 + 2
@@ -60,29 +58,19 @@ def test_points_are_of_a_model_s_own_pictures_and_an_approximation_s_of_its_own(
             assert found[place][1] == pytest.approx(row.latency_s.p50 / 8)
 
 
-def test_the_front_is_what_no_other_point_beats_in_both(make_result: Make) -> None:
-    drawn = [(float(x), float(y)) for x, y in np.random.default_rng(0).integers(0, 12, size=(60, 2)) if x + y > 8]
-    row = make_result().rows[0]
-    given = [Point(row, Estimate(x, x, x, 1), Figure(y, y, y, 1, "", "lower", ())) for x, y in drawn]
-    best = [(p.latency_s.value, p.distance.value) for p in pareto(given)]
-    unbeaten = {(x, y) for x, y in drawn if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in drawn)}
-    assert len(best) > 2
-    assert best == sorted(unbeaten)
-
-
 def test_the_baseline_at_fewer_steps_is_on_the_chart_hollow(full_result: BenchResult) -> None:
-    drawing = front(full_result)
+    drawing = chart(full_result)
     assert drawing is not None
     assert drawing.svg.count(f"fill-opacity: 0; stroke: {charts.GREY}") == 2 * 2  # eager and ort, two batch sizes
-    few = front(dataclasses.replace(full_result, fewer_steps=()))
+    few = chart(dataclasses.replace(full_result, fewer_steps=()))
     assert few is not None
-    assert "fill-opacity: 0" not in few.svg
+    assert "fill-opacity: 0;" not in few.svg
 
 
 def test_one_point_is_no_front(make_result: Make) -> None:
     result = make_result()
-    assert front(make_result(subjects=result.subjects[:1], models=result.models[:1])) is None
-    assert front(make_result(quality=())) is None
+    assert chart(make_result(subjects=result.subjects[:1], models=result.models[:1])) is None
+    assert chart(make_result(quality=())) is None
 
 
 def test_a_density_is_highest_among_the_turns_and_gone_far_from_them() -> None:

@@ -32,7 +32,7 @@ def test_where_the_time_goes(full_result: BenchResult) -> None:
     row = next(r for r in full_result.rows if (r.model, r.backend) == ("reference", "ort"))
     call = 0.6 * row.latency_s.p50 / 20
     assert light["reference", "ort", "1", "20"] == f"{100 * 2 * 289e6 * 2 / call / 500e9:.1f} %"
-    assert "450G FLOP/s" in found.note
+    assert "500G FLOP/s" in found.note
     assert column(found, "energy an image")[0] == f"{30 * full_result.rows[0].latency_s.p50:.3g} J"
 
 

@@ -237,3 +237,25 @@ def test_sizes_keep_all_of_float32_in_a_narrow_network(families: dict[str, Calla
     }
     EagerDenoiser(torch.nn.Module.to(unet, torch.bfloat16))(torch.randn(1, 4, 8, 8), torch.tensor([999.0]), **given)
     assert torch.equal(seen[0], given["time_ids"][0])
+
+
+# --- a directory that is not as it was exported -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["ort", "ov"])
+def test_a_changed_file_is_refused(copied: Path, backend: str) -> None:
+    with (copied / "unet" / "model.fp32.onnx").open("r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"\0\1\2\3")
+    with pytest.raises(DpctlError, match="differs from its digest"):
+        runtime.open_denoiser(copied, backend)
+
+
+@pytest.mark.parametrize("backend", ["ort", "ov"])
+def test_a_damaged_graph_is_a_clean_error(copied: Path, backend: str, rewrite_manifest: Callable[..., None]) -> None:
+    graph = copied / "unet" / "model.fp32.onnx"
+    data = graph.read_bytes()
+    graph.write_bytes(data[: len(data) // 2])
+    rewrite_manifest(copied)
+    with pytest.raises(DpctlError, match="cannot load the graph"):
+        runtime.open_denoiser(copied, backend)

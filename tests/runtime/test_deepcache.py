@@ -17,7 +17,7 @@ from dpctl import cost
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
 from dpctl.pruned_unet import PrunedUNet2DConditionModel, PrunedUNet2DModel
-from runtime.backends.deepcache import DeepCache, DeepCacheDenoiser, macs_share
+from runtime.backends.deepcache import DeepCache, DeepCacheDenoiser
 from runtime.backends.eager import EagerDenoiser
 from runtime.network import Network
 
@@ -180,25 +180,14 @@ def test_after_a_call_that_failed_comes_a_whole_one(toy_unet: Any) -> None:
 
 @pytest.mark.parametrize("family", ["ddpm", "sdxl"])
 @pytest.mark.parametrize("interval", [1, 2, 3])
-def test_it_runs_as_many_macs_as_it_says(families: Families, family: str, interval: int) -> None:
+def test_between_two_whole_calls_it_runs_fewer_macs(families: Families, family: str, interval: int) -> None:
     unet = built(families, family)
     given, whole = inputs(unet, batch=1), cost.macs(unet).linear
     steps = [100.0 - step for step in range(2 * interval + 1)]
     found = macs_of(DeepCacheDenoiser(unet, interval), steps, given)
     assert found[::interval] == [whole] * 3
     assert interval == 1 or max(found[1:interval]) < whole
-    assert sum(found) == pytest.approx(macs_share(unet, interval, len(steps)) * whole * len(steps))
-    assert sum(found[:-1]) == pytest.approx(macs_share(unet, interval) * whole * 2 * interval)
-
-
-def test_the_share_falls_with_the_interval_and_ends_at_what_every_call_runs(toy_unet: Any) -> None:
-    shares = [macs_share(toy_unet, interval) for interval in (1, 2, 3, 5, 1000)]
-    assert shares[0] == 1
-    assert shares == sorted(shares, reverse=True)
-    first, second = macs_of(DeepCacheDenoiser(toy_unet), [9.0, 8.0], inputs(toy_unet))
-    assert shares[-1] == pytest.approx(second / first, abs=1e-3)
-    assert macs_share(toy_unet, 3, 1) == 1
-    assert macs_share(toy_unet, 3, 3) == macs_share(toy_unet, 3, 6) == pytest.approx(macs_share(toy_unet, 3))
+    assert len(set(found)) == (1 if interval == 1 else 2)
 
 
 # --- sampling and memory ----------------------------------------------------------------------------------------------
@@ -275,5 +264,3 @@ def test_an_outermost_up_block_that_reaches_deeper_is_refused(toy_unet: Any) -> 
 def test_an_interval_below_1_is_refused(toy_unet: Any, interval: int) -> None:
     with pytest.raises(DpctlError, match="below 1"):
         DeepCacheDenoiser(toy_unet, interval)
-    with pytest.raises(DpctlError, match="below 1"):
-        macs_share(toy_unet, interval)

@@ -50,22 +50,6 @@ def test_the_session_does_not_spin_and_has_the_threads_asked_for(exported_direct
         assert denoiser._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
 
 
-def test_a_changed_file_is_refused(copied: Path) -> None:
-    with (copied / GRAPH).open("r+b") as stream:
-        stream.seek(1000)
-        stream.write(b"\0\1\2\3")
-    with pytest.raises(DpctlError, match="differs from its digest"):
-        ort.open_denoiser(copied)
-
-
-def test_a_damaged_graph_is_a_clean_error(copied: Path, rewrite_manifest: Callable[..., None]) -> None:
-    data = (copied / GRAPH).read_bytes()
-    (copied / GRAPH).write_bytes(data[: len(data) // 2])
-    rewrite_manifest(copied)
-    with pytest.raises(DpctlError, match="cannot load the graph"):
-        ort.open_denoiser(copied)
-
-
 def test_a_graph_with_other_tensors_than_the_signature_is_refused(
     copied: Path, rewrite_manifest: Callable[..., None]
 ) -> None:

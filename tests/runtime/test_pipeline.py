@@ -24,7 +24,8 @@ from diffusers import (
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from toys import TEXT, decoder, tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import runtime
 from dpctl.errors import DpctlError
@@ -41,17 +42,6 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
 }
 PROMPT = "a red cat"
-TEXT: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "projection_dim": 16,
-    "bos_token_id": 98,
-    "eos_token_id": 99,
-    "pad_token_id": 99,
-}
 # As few nodes as an export of a text-conditional network can have.
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -77,23 +67,6 @@ def _own_seed() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-
-
-def tokenizer(directory: Path) -> CLIPTokenizer:
-    """A tokenizer of single letters."""
-    letters = [chr(code) for code in range(97, 123)]
-    words = letters + [f"{letter}</w>" for letter in letters]
-    words += [f"unused{n}" for n in range(98 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
-    directory.mkdir(exist_ok=True)
-    (directory / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=77)
-
-
-def decoder(kind: type, **changed: Any) -> Any:
-    size = {"latent_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return kind(**(size | blocks | changed)).eval()
 
 
 def own_scheduler() -> Any:
@@ -388,10 +361,10 @@ def test_dpctl_sample_draws_with_the_pipeline(kind: str, request: pytest.Fixture
 
 def test_dpctl_sample_asks_for_a_text_where_there_is_one(stable_diffusion: Path, latent: Path, tmp_path: Path) -> None:
     for model, wish, message in (
-        (str(stable_diffusion), Wish(), "give --prompt TEXT"),
+        (str(stable_diffusion), Wish(), "give one: --prompt TEXT"),
         (str(latent), Wish(prompt=PROMPT), "takes no text"),
         ("reference", Wish(prompt=PROMPT), "takes no text"),
-        (str(latent), Wish(guidance_scale=2.0), "give --prompt too"),
+        (str(latent), Wish(guidance_scale=2.0), "guidance is towards a text"),
         (str(stable_diffusion), Wish(prompt=PROMPT, num_inference_steps=2000), "the pipeline refuses this"),
     ):
         with pytest.raises(DpctlError, match=message):
