@@ -72,8 +72,8 @@ def _product_s(size: int, dtype: str, device: torch.device, count: int) -> list[
 def _onednn_s(size: int, count: int) -> list[float]:
     """Return the seconds of each of `count` products by oneDNN, which torch's convolutions run in.
 
-    torch.mm is MKL's, which takes half of what an AMD processor has: 107 against 240 GFLOP/s on one core of an EPYC,
-    and convolutions then seemed faster than light.
+    torch.mm is MKL's, which takes less than half of what an AMD processor has: convolutions then seemed faster than
+    light.
     """
     from torch.utils.mkldnn import to_mkldnn
 

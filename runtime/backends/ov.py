@@ -23,7 +23,7 @@ DECLARED = {"float32": "f32", "int64": "i64"}
 class OvDenoiser:
     """A Denoiser over an OpenVINO model; inputs and output are torch's own memory, shared and not copied.
 
-    The first call of a shape compiles the graph for it: with a dynamic batch it ran 1.2 to 1.3 times as long.
+    The first call of a shape compiles the graph for it: with a dynamic batch it runs slower.
     """
 
     def __init__(
