@@ -63,6 +63,12 @@ def exported_directory(model_directory: Path) -> Path:
     return directory
 
 
+@pytest.fixture
+def copied(exported_directory: Path, tmp_path: Path) -> Path:
+    """Return a copy of the exported directory, to be changed."""
+    return Path(shutil.copytree(exported_directory, tmp_path / "copied"))
+
+
 @pytest.fixture(scope="session")
 def engine_directory(exported_directory: Path) -> Path:
     """The same with an engine for this machine's GPU; skips where there is none to build or run it."""

@@ -1,6 +1,5 @@
 """ONNX Runtime: what it must refuse, and how its sessions are set up."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,6 @@ from dpctl.errors import DpctlError
 from runtime.backends import ort
 
 GRAPH = "unet/model.fp32.onnx"
-
-
-@pytest.fixture
-def copied(exported_directory: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported_directory, tmp_path / "copied"))
 
 
 def test_a_batch_beyond_the_exported_range_is_refused(exported_directory: Path) -> None:

@@ -1,6 +1,5 @@
 """OpenVINO: what it must refuse, in what precision it computes, and that it reports nothing to anybody."""
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +14,6 @@ from dpctl.errors import DpctlError
 from runtime.backends import ov
 
 GRAPH = "unet/model.fp32.onnx"
-
-
-@pytest.fixture
-def copied(exported_directory: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported_directory, tmp_path / "copied"))
 
 
 def compiled(denoiser: ov.OvDenoiser, batch: int) -> Any:
