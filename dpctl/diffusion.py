@@ -4,13 +4,14 @@ Letters are the paper's (DDPM, arXiv 2006.11239): x_0 the clean image, t the tim
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpctl.errors import DpctlError
+from dpctl.signature import unet_arguments
 
 
 def sample_generator(seed: int, index: int, stream: str = "sample") -> torch.Generator:
@@ -71,9 +72,21 @@ def first_timestep(unet: Any) -> int:
     return 1 if unet.config.get("time_embedding_type") == "fourier" else 0
 
 
-def denoising_loss(unet: Any, scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def denoising_loss(
+    unet: Any,
+    scheduler: Any,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditions: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Return the mean squared denoising error of each sample, [B] (DDPM equation 14)."""
-    noisy = scheduler.add_noise(clean, noise, timesteps)
-    predicted = unet(noisy, timesteps).sample
+    predicted = predict(unet, scheduler.add_noise(clean, noise, timesteps), timesteps, conditions)
     target = predicted_target(scheduler, clean, noise, timesteps)
-    return (predicted.float() - target).square().flatten(1).mean(1)
+    return (predicted - target).square().flatten(1).mean(1)
+
+
+def predict(unet: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return a network's output [B, C, H, W], float32, under its conditions by their names in the signature."""
+    given = {"sample": noisy, "timestep": timesteps, **(conditions or {})}
+    return unet(**unet_arguments(given)).sample.float()

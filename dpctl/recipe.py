@@ -18,25 +18,61 @@ SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
 REDUCTIONS = ("sum-abs", "abs-sum")
 FRACTIONS_OF = ("model", "unpruned")
+OPTIMIZERS = ("adamw", "adamw-8bit")
+TIMESTEP_SAMPLINGS = ("uniform", "antithetic", "importance")
+CROPS = ("center", "random")
+TRACKERS = ("none", "tensorboard", "wandb")
 WEIGHTINGS = ("auto", "threshold", "uniform", "early")
 
 
 @dataclass(frozen=True)
 class LoopRecipe:
-    """What the training loop needs, whether it trains from nothing or finetunes."""
+    """What the training loop needs, whether it trains from nothing or finetunes.
+
+    * `batch_size` is the number of images of one optimizer step, over all processes and all `accumulation` parts: what
+      a step does depends on neither.
+    * `min_snr_gamma`: weight the denoising error of a timestep by min(SNR, gamma) / SNR; None weights all alike.
+    * `timestep_sampling`: uniform, antithetic (t and T - 1 - t in turns) or importance (by the loss so far).
+    * `validation`: images held out of training, whose loss is told every `validate_every` steps; `patience` of those
+      without a lower one end the training (0 never does).
+    * `max_broken`: images that may be unreadable before that is an error.
+    * `keep`: the newest checkpoints that stay.
+    * `sample_every`: steps between two sample sheets; 0 draws none.
+    """
 
     data: str = "reference"
     steps: int = 300
     batch_size: int = 64
+    accumulation: int = 1
     learning_rate: float = 4e-4
     warmup_steps: int = 20
     weight_decay: float = 0.01
+    optimizer: str = "adamw"
     ema_decay: float = 0.99
+    ema_on_cpu: bool = False
     gradient_clip: float = 1.0
+    gradient_checkpointing: bool = False
+    min_snr_gamma: float | None = None
+    timestep_sampling: str = "uniform"
     flip: bool = True
+    crop: str = "center"
+    max_broken: int = 0
+    condition_dropout: float = 0.1
     mixed_precision: str = "no"
+    validation: int = 0
+    validate_every: int = 100
+    patience: int = 0
     checkpoint_every: int = 100
+    keep: int = 2
+    sample_every: int = 0
+    tracker: str = "none"
     seed: int = 0
+
+
+# What changes neither the weights nor their random numbers: a resumed run may choose it anew.
+RESUMABLE = (
+    "accumulation", "ema_on_cpu", "gradient_checkpointing", "checkpoint_every", "keep", "sample_every", "tracker",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,10 +89,18 @@ class TrainRecipe(LoopRecipe):
 
 @dataclass(frozen=True)
 class FinetuneRecipe(LoopRecipe):
-    """`dpctl finetune`: the teacher is the pruned model's parent unless named; weight 0 switches it off."""
+    """`dpctl finetune`: the teacher is the pruned model's parent unless named; weights of 0 switch it off.
+
+    The loss is `denoising` times the denoising error, plus `distillation` times the error to the teacher's output, plus
+    `feature_distillation` times the error to the outputs of its blocks. `prompts` is a text file, one per line, from
+    which the teacher draws the training images (`data = "teacher"`).
+    """
 
     teacher: str = "parent"
+    denoising: float = 1.0
     distillation: float = 3.0
+    feature_distillation: float = 0.0
+    prompts: str | None = None
     from_scratch: bool = False
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpctl.errors import DpctlError
 
-REFERENCE_IMAGES = Path(__file__).parent / "reference" / "images.npz"
+REFERENCE_IMAGES = Path(__file__).parent.parent / "reference" / "images.npz"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
