@@ -8,6 +8,7 @@ teacher of all.
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
 from dpctl.models import load_model, resolve
-from dpctl.recipe import TARGETS, BenchRecipe, ChainRecipe, FinetuneRecipe, PruneRecipe, to_dict
+from dpctl.recipe import TARGETS, BenchRecipe, ChainRecipe, FinetuneRecipe, PruneRecipe, decisive, to_dict
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Round:
 
 def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Any:
     """Run the chain below `out` and return the bench's result; raises what the stages raise."""
+    require_one_process()
     check(recipe)
     finetuned, scratch = out / "finetuned", out / "scratch"
     cut = cut_in_rounds(recipe, out, bar=bar)
@@ -47,6 +49,13 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
         recipe.bench, baseline=recipe.model, candidates=tuple(candidates), precision=precision
     )
     return _bench_stage(measured, out / "bench", [out / "exported"], bar)
+
+
+def require_one_process() -> None:
+    """Raise a DpctlError in a process that a launcher started among others: each would run the whole chain."""
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        todo = "run the chain by itself, or launch `dpctl finetune` and `dpctl bench`, which divide their work"
+        raise DpctlError("a chain is not divided among processes", f"{count} processes", todo)
 
 
 def check(recipe: ChainRecipe) -> None:
@@ -160,7 +169,9 @@ def _finetune(pruned: Path, out: Path, recipe: FinetuneRecipe, digest: str, bar:
 
     def work() -> Manifest:
         resume = _can_go_on(out, recipe, digest)
-        return finetuning.finetune(str(pruned), out, recipe, resume=resume, force=True, bar=bar)
+        made = finetuning.finetune(str(pruned), out, recipe, resume=resume, force=True, bar=bar)
+        assert made is not None  # a chain is one process
+        return made
 
     return _stage(out, to_dict(recipe), digest, work)
 
@@ -170,7 +181,7 @@ def _can_go_on(out: Path, recipe: FinetuneRecipe, parent: str) -> bool:
     from dpctl.finetune import checkpoint
 
     found = checkpoint.newest(checkpoint.folder_for(out))
-    return found is not None and (found.recipe, found.parent) == (to_dict(recipe), parent)
+    return found is not None and (decisive(found.recipe), found.parent) == (decisive(to_dict(recipe)), parent)
 
 
 def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progress.Bar) -> Manifest:
@@ -189,7 +200,12 @@ def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progr
 def _stage(out: Path, recipe: dict[str, Any], parent: str, work: Callable[[], Manifest]) -> Manifest:
     """Return the manifest of `out` if it is what this stage would make, else do the work."""
     found = artifact.read_manifest(out) if out.is_dir() else None
-    if found is not None and found.recipe == recipe and found.parent == parent and _intact(out, found):
+    if (
+        found is not None
+        and decisive(found.recipe) == decisive(recipe)
+        and found.parent == parent
+        and _intact(out, found)
+    ):
         _say(f"{out.name}: done before, skipped")
         return found
     _say(f"{out.name}: running")

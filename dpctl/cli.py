@@ -7,18 +7,15 @@ from typing import Annotated
 
 import typer
 
-from dpctl import cli_bench, options, progress
-from dpctl.errors import DpctlError
+from dpctl import cli_bench, cli_train, options, progress
+from dpctl.errors import DpctlError, StoppedError
 from dpctl.printing import console, print_json, print_report
 from dpctl.recipe import (
     ChainRecipe,
     EngineRecipe,
     ExportRecipe,
-    FinetuneRecipe,
     PruneRecipe,
-    TrainRecipe,
     read_recipe,
-    to_dict,
 )
 
 app = typer.Typer(
@@ -29,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PRUNE, FINETUNE, TRAIN, EXPORT = PruneRecipe(), FinetuneRecipe(), TrainRecipe(), ExportRecipe()
+PRUNE, EXPORT = PruneRecipe(), ExportRecipe()
 ENGINE = EngineRecipe()
 
 
@@ -79,75 +76,8 @@ def prune(
     print_report(inspect.report(manifest, out), json_)
 
 
-@app.command()
-def finetune(
-    model: options.ModelArgument,
-    out: options.Out,
-    teacher: Annotated[
-        str, typer.Option(help="The unpruned model; parent takes the one in the manifest.")
-    ] = FINETUNE.teacher,
-    distillation: Annotated[
-        float, typer.Option(help="Weight of output distillation; 0 switches it off.")
-    ] = FINETUNE.distillation,
-    data: options.Data = FINETUNE.data,
-    steps: options.Steps = FINETUNE.steps,
-    batch_size: options.BatchSize = FINETUNE.batch_size,
-    learning_rate: options.LearningRate = FINETUNE.learning_rate,
-    ema_decay: options.EmaDecay = FINETUNE.ema_decay,
-    mixed_precision: options.MixedPrecision = FINETUNE.mixed_precision,
-    checkpoint_every: options.CheckpointEvery = FINETUNE.checkpoint_every,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Same architecture, random weights: the baseline.")
-    ] = False,
-    seed: options.Seed = FINETUNE.seed,
-    resume: options.Resume = False,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    json_: options.Json = False,
-) -> None:
-    """Recover a pruned model's quality: denoising loss and distillation from the unpruned teacher."""
-    recipe = options.recipe(FinetuneRecipe, locals())
-    from dpctl import finetune as finetuning
-
-    if dry_run:
-        finetuning.check(recipe)
-        print_json(to_dict(recipe))
-        return
-    from dpctl import inspect
-
-    manifest = finetuning.finetune(model, out, recipe, resume=resume, force=force, bar=progress.bar)
-    print_report(inspect.report(manifest, out), json_)
-
-
-@app.command()
-def train(
-    out: options.Out,
-    config: Annotated[str, typer.Option(help="A UNet config.json, a model directory, or reference.")] = TRAIN.config,
-    data: options.Data = TRAIN.data,
-    steps: options.Steps = TRAIN.steps,
-    batch_size: options.BatchSize = TRAIN.batch_size,
-    learning_rate: options.LearningRate = TRAIN.learning_rate,
-    ema_decay: options.EmaDecay = TRAIN.ema_decay,
-    mixed_precision: options.MixedPrecision = TRAIN.mixed_precision,
-    checkpoint_every: options.CheckpointEvery = TRAIN.checkpoint_every,
-    seed: options.Seed = TRAIN.seed,
-    resume: options.Resume = False,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    json_: options.Json = False,
-) -> None:
-    """Train a UNet from random weights."""
-    recipe = options.recipe(TrainRecipe, locals())
-    from dpctl import finetune as finetuning
-
-    if dry_run:
-        finetuning.check(recipe)
-        print_json(to_dict(recipe))
-        return
-    from dpctl import inspect
-
-    manifest = finetuning.train(out, recipe, resume=resume, force=force, bar=progress.bar)
-    print_report(inspect.report(manifest, out), json_)
+app.command()(cli_train.finetune)
+app.command()(cli_train.train)
 
 
 @app.command()
@@ -327,6 +257,8 @@ def main() -> None:
     except DpctlError as problem:
         typer.echo(f"error: {problem}", err=True)
         sys.exit(problem.exit_code)
+    except StoppedError as stopped:
+        cli_train.end(stopped)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The errors that a user can cause, in three parts: what failed, what we got, what to do."""
 
+import signal
+
 
 class DpctlError(Exception):
     """A user's mistake or an unmet condition: printed without a traceback, exit code 1.
@@ -21,3 +23,16 @@ class GateError(DpctlError):
     """A promised property was measured and is not met (parity, regression): exit code 3."""
 
     exit_code = 3
+
+
+class StoppedError(Exception):
+    """A run that was asked to end and left what it goes on from: a preemption is no failure."""
+
+    def __init__(self, step: int, steps: int, number: int) -> None:
+        super().__init__(f"stopped after step {step} of {steps}")
+        self.number = number  # the signal's
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0 where a cluster asked (SIGTERM), 130 where somebody at a terminal did (SIGINT)."""
+        return 130 if self.number == signal.SIGINT else 0

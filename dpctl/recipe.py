@@ -289,6 +289,11 @@ def to_dict(recipe: Any) -> dict[str, Any]:
     return {name: value for name, value in _plain(dataclasses.asdict(recipe)).items() if value is not None}
 
 
+def decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a training's recipe decides what comes out: not how a batch is divided, what is kept or shown."""
+    return {name: value for name, value in recipe.items() if name not in RESUMABLE or "checkpoint_every" not in recipe}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items() if inner is not None}

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpctl import artifact, cost, progress
 from dpctl.artifact import Manifest
-from dpctl.data import Images, open_data
+from dpctl.data import Pixels, TrainingSet, open_data
 from dpctl.diffusion import require_image_to_image
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
@@ -25,16 +25,36 @@ from dpctl.models import (
     unet_directory,
     write_pipeline,
 )
-from dpctl.recipe import MIXED_PRECISIONS, FinetuneRecipe, LoopRecipe, TrainRecipe, to_dict
+from dpctl.recipe import (
+    CROPS,
+    MIXED_PRECISIONS,
+    OPTIMIZERS,
+    TIMESTEP_SAMPLINGS,
+    TRACKERS,
+    FinetuneRecipe,
+    LoopRecipe,
+    TrainRecipe,
+    to_dict,
+)
 from dpctl.signature import sample_size
+
+CHOICES = {
+    "mixed_precision": MIXED_PRECISIONS,
+    "optimizer": OPTIMIZERS,
+    "timestep_sampling": TIMESTEP_SAMPLINGS,
+    "crop": CROPS,
+    "tracker": TRACKERS,
+}
 
 
 def train(
     out: Path, recipe: TrainRecipe, *, resume: bool = False, force: bool = False, bar: progress.Bar = progress.no_bar
-) -> Manifest:
+) -> Manifest | None:
     """Train a UNet from random weights (DDPM, linear betas, 1,000 timesteps) and write it with its EMA weights.
 
-    Raises a DpctlError for an unusable config, data or output, and for checkpoints that would be overwritten.
+    Of several processes that a launcher started the first one writes and returns the manifest, the others None. Raises
+    a DpctlError for an unusable config, data or output, and for checkpoints that would be overwritten; StoppedError
+    after a signal, once there is a checkpoint to go on from.
     """
     import diffusers
 
@@ -44,10 +64,12 @@ def train(
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
     scheduler = diffusers.DDPMScheduler()
-    losses = _loop(unet, Objective(scheduler), _images(unet, recipe), recipe, out, start, None, bar)
+    state = _loop(unet, Objective(scheduler), _examples(unet, recipe), recipe, out, start, None, bar)
+    if state.ema is None:
+        return None
     with artifact.writing(out, force=force) as directory:
         write_pipeline(directory, unet=unet, scheduler=scheduler)
-        manifest = _finish(directory, unet, losses, kind="trained", recipe=to_dict(recipe))
+        manifest = _finish(directory, unet, state, kind="trained", recipe=to_dict(recipe))
     checkpoint.clear(checkpoint.folder_for(out))
     return manifest
 
@@ -60,11 +82,12 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     bar: progress.Bar = progress.no_bar,
-) -> Manifest:
+) -> Manifest | None:
     """Finetune a model and write it with its EMA weights.
 
-    The teacher is the unpruned ancestor that the model's manifest names, unless the recipe names another or sets
-    `distillation` to 0. Raises a DpctlError as `train` does, and for a teacher that is missing or does not match.
+    The teacher is the unpruned ancestor that the model's manifest names, unless the recipe names another or all weights
+    of distillation are 0. Returns and raises as `train` does; a DpctlError also for a teacher that is missing or does
+    not match.
     """
     from dpctl.finetune.loss import Objective
 
@@ -75,14 +98,16 @@ def finetune(
         checkpoint.require_same_parent(start, source.digest, checkpoint.folder_for(out))
     teacher = _teacher(source, recipe)
     unet = build_random(dict(source.unet.config), recipe.seed) if recipe.from_scratch else source.unet
-    objective = Objective(source.scheduler, teacher.unet if teacher else None, recipe.distillation)
-    losses = _loop(unet, objective, _images(unet, recipe), recipe, out, start, source.digest, bar)
+    objective = Objective(source.scheduler, teacher.unet if teacher else None, recipe.denoising, recipe.distillation)
+    state = _loop(unet, objective, _examples(unet, recipe), recipe, out, start, source.digest, bar)
+    if state.ema is None:
+        return None
     with artifact.writing(out, force=force) as directory:
         save_model(directory, model=source, unet=unet)
         _copy_kept(source, directory)
         inherited = _inherited(source)
         entries = artifact.descent(source.manifest, source.digest, source.source)
-        manifest = _finish(directory, unet, losses, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
+        manifest = _finish(directory, unet, state, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
     checkpoint.clear(checkpoint.folder_for(out))
     return manifest
 
@@ -90,34 +115,58 @@ def finetune(
 def _loop(
     unet: Any,
     objective: Any,
-    images: Images,
+    examples: TrainingSet,
     recipe: LoopRecipe,
     out: Path,
     start: Checkpoint | None,
     parent: str | None,
     bar: progress.Bar,
-) -> list[float]:
+) -> Any:
     from dpctl.finetune.loop import train as train_loop
+    from dpctl.finetune.processes import open_accelerator
 
+    accelerator = open_accelerator(recipe)
     folder = checkpoint.folder_for(out)
-    if start is None:  # only now: a mistake in the options does not cost the checkpoints of an earlier run
-        checkpoint.clear(folder)
+    if recipe.validation >= len(examples):
+        got = f"{recipe.validation} of {len(examples)} images"
+        raise DpctlError("nothing is left to train on", got, "lower --validation, or bring more images")
+    if start is None and accelerator.is_main_process:
+        checkpoint.clear(folder)  # only now: a mistake in the options does not cost the checkpoints of an earlier run
     name = "finetune" if isinstance(recipe, FinetuneRecipe) else "train"
-    with bar(name, recipe.steps, done=start.step if start else 0) as advance:
-        return train_loop(unet, objective, images, recipe, folder=folder, start=start, parent=parent, advance=advance)
+    shown = bar if accelerator.is_main_process else progress.no_bar
+    with shown(name, recipe.steps, done=start.step if start else 0) as advance:
+        return train_loop(
+            unet,
+            objective,
+            examples,
+            recipe,
+            accelerator=accelerator,
+            folder=folder,
+            start=start,
+            parent=parent,
+            advance=advance,
+        )
 
 
 def check(recipe: LoopRecipe) -> None:
     """Raise a DpctlError for numbers outside their ranges and an unknown precision."""
-    if min(recipe.steps, recipe.batch_size, recipe.checkpoint_every) < 1:
-        got = f"steps {recipe.steps}, batch size {recipe.batch_size}, checkpoint every {recipe.checkpoint_every}"
-        raise DpctlError("a count is below 1", got, "give 1 or more")
+    counts = ("steps", "batch_size", "accumulation", "checkpoint_every", "validate_every", "keep")
+    if low := [f"{name.replace('_', ' ')} {getattr(recipe, name)}" for name in counts if getattr(recipe, name) < 1]:
+        raise DpctlError("a count is below 1", ", ".join(low), "give 1 or more")
     for name, inside, todo in _ranges(recipe):
         if not inside:  # NaN is inside no range
             raise DpctlError(f"the {name.replace('_', ' ')} is out of range", f"{getattr(recipe, name):g}", todo)
-    if recipe.mixed_precision not in MIXED_PRECISIONS:
+    for name, known in CHOICES.items():
+        if getattr(recipe, name) not in known:
+            raise DpctlError(
+                f"unknown {name.replace('_', ' ')}", repr(getattr(recipe, name)), f"choose one of: {', '.join(known)}"
+            )
+    if recipe.patience and not recipe.validation:
+        got = f"patience {recipe.patience}, validation 0"
+        raise DpctlError("an early stop needs images to judge by", got, "hold some out, e.g. --validation 256")
+    if isinstance(recipe, FinetuneRecipe) and recipe.denoising == 0.0 and not _is_taught(recipe):
         raise DpctlError(
-            "unknown mixed precision", repr(recipe.mixed_precision), f"choose one of: {', '.join(MIXED_PRECISIONS)}"
+            "the loss has no term", "all weights are 0", "give one of the loss's weights a positive number"
         )
 
 
@@ -127,10 +176,15 @@ def _ranges(recipe: LoopRecipe) -> Iterator[tuple[str, bool, str]]:
     yield "ema_decay", 0.0 <= recipe.ema_decay < 1.0, "give a number in [0, 1), e.g. 0.99"
     yield "weight_decay", 0.0 <= recipe.weight_decay < math.inf, "give 0 or a positive number, e.g. 0.01"
     yield "gradient_clip", recipe.gradient_clip > 0.0, "give a positive number, e.g. 1"
-    yield "warmup_steps", recipe.warmup_steps >= 0, "give 0 or more"
+    for name in ("warmup_steps", "validation", "patience", "max_broken", "sample_every"):
+        yield name, getattr(recipe, name) >= 0, "give 0 or more"
+    yield "condition_dropout", 0.0 <= recipe.condition_dropout < 1.0, "give a number in [0, 1), e.g. 0.1"
+    gamma = recipe.min_snr_gamma
+    yield "min_snr_gamma", gamma is None or 0.0 < gamma < math.inf, "give a positive number, e.g. 5, or leave it out"
     yield "seed", 0 <= recipe.seed < 2**63, "give a whole number from 0 to 2^63 - 1"
     if isinstance(recipe, FinetuneRecipe):
-        yield "distillation", 0.0 <= recipe.distillation < math.inf, "give 0 (no teacher) or a positive weight"
+        for name in ("denoising", "distillation", "feature_distillation"):
+            yield name, 0.0 <= getattr(recipe, name) < math.inf, "give 0 (without it) or a positive weight"
 
 
 def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -147,9 +201,10 @@ def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Check
     return None
 
 
-def _images(unet: Any, recipe: LoopRecipe) -> Images:
+def _examples(unet: Any, recipe: LoopRecipe) -> TrainingSet:
     require_image_to_image(unet.config)
-    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
+    images = open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
+    return Pixels(images, flip=recipe.flip)
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -180,9 +235,13 @@ def build_random(config: dict[str, Any], seed: int) -> Any:
     return unet
 
 
+def _is_taught(recipe: FinetuneRecipe) -> bool:
+    return bool(recipe.distillation or recipe.feature_distillation)
+
+
 def _teacher(source: Model, recipe: FinetuneRecipe) -> Model | None:
     """Return the teacher, checked against what the manifest says the model was pruned from."""
-    if recipe.distillation == 0.0:
+    if not _is_taught(recipe):
         return None
     todo = "name the unpruned model with --teacher, or switch distillation off with --distillation 0"
     if recipe.teacher != "parent":
@@ -225,8 +284,9 @@ def _inherited(source: Model) -> dict[str, Any]:
 
 
 def _finish(
-    directory: Path, unet: Any, losses: list[float], inherited: dict[str, Any] | None = None, **entries: Any
+    directory: Path, unet: Any, state: Any, inherited: dict[str, Any] | None = None, **entries: Any
 ) -> Manifest:
+    losses: list[float] = state.losses
     (directory / LOSSES).write_text(json.dumps([round(loss, 6) for loss in losses]) + "\n", encoding="utf-8")
     last = losses[-50:]
     stats = cost.stats(unet) | {
@@ -234,4 +294,6 @@ def _finish(
         "steps": len(losses),
         "loss": sum(last) / len(last),
     }
+    if state.validated:
+        stats["validated"] = state.validated
     return artifact.write_manifest(directory, stats=stats | (inherited or {}), **entries)

@@ -5,7 +5,10 @@ the header. Random states need no place: all randomness is a function of (seed, 
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from dpctl.artifact import no_space_left_explained
 from dpctl.errors import DpctlError
+from dpctl.recipe import decisive
 
 KEEP = 2
+HEADER = ("step", "recipe", "losses", "parent", "validated")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Checkpoint:
     losses: list[float]
     tensors: dict[str, Tensor]
     parent: str | None = None  # the digest of the model that the run began with
+    validated: list[dict[str, Any]] = field(default_factory=list)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors below `prefix.`, without it."""
@@ -39,11 +45,11 @@ def folder_for(out: Path) -> Path:
     return out.with_name(out.name + ".checkpoints")
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint atomically and drop all but the newest `KEEP`."""
+def save(folder: Path, checkpoint: Checkpoint, keep: int = KEEP) -> Path:
+    """Write a checkpoint atomically and drop all but the newest `keep`."""
     path = folder / f"step-{checkpoint.step:08d}.safetensors"
     temporary = path.with_suffix(".writing")
-    header = {name: getattr(checkpoint, name) for name in ("step", "recipe", "losses", "parent")}
+    header = {name: getattr(checkpoint, name) for name in HEADER}
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     with no_space_left_explained(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +59,37 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
             _remove_if_empty(folder)
-        for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
+        for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
             old.unlink()
     return path
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one after the other, while the training goes on."""
+
+    def __init__(self, folder: Path, keep: int, pool: ThreadPoolExecutor) -> None:
+        self._folder, self._keep, self._pool = folder, keep, pool
+        self._pending: Future[Path] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, whose tensors nobody else changes; raises what the one before it failed with."""
+        self.wait()
+        self._pending = self._pool.submit(save, self._folder, checkpoint, self._keep)
+
+    def wait(self) -> None:
+        """Wait for what is being written; a DpctlError where it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+@contextmanager
+def writing(folder: Path, keep: int) -> Iterator[Writer]:
+    """Open the writer of a run's checkpoints; all are on disk at the end."""
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as pool:
+        writer = Writer(folder, keep, pool)
+        yield writer
+        writer.wait()
 
 
 def clear(folder: Path) -> None:
@@ -91,11 +125,16 @@ def _load(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as stream:
         header = json.loads((stream.metadata() or {})["dpctl"])
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-    return Checkpoint(header["step"], header["recipe"], header["losses"], tensors, header.get("parent"))
+    parent, validated = header.get("parent"), header.get("validated", [])
+    return Checkpoint(header["step"], header["recipe"], header["losses"], tensors, parent, validated)
 
 
 def require_same_recipe(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Raise a DpctlError that names the first entry in which a checkpoint's recipe differs from the wanted one."""
+    """Raise a DpctlError that names the first entry in which a checkpoint's recipe differs from the wanted one.
+
+    What changes nothing in the result (how the batch is divided, what is kept and shown) may differ.
+    """
+    saved, wanted = decisive(saved), decisive(wanted)
     for name in sorted(set(saved) | set(wanted)):
         if saved.get(name) != wanted.get(name):
             raise DpctlError(

@@ -1,171 +1,170 @@
 """The training loop: `dpctl train` runs it without a teacher, `dpctl finetune` with one.
 
-Stopping at any step and resuming gives the weights of never having stopped: data order, flips, timesteps and noise
-are functions of (seed, global sample index), and the checkpoint holds everything else.
+Stopping at any step and resuming gives the weights of never having stopped, and several processes do the steps of one:
+data order, flips, timesteps and noise are functions of (seed, global sample index), and the checkpoint holds
+everything else.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
-from torch import Tensor
 
 from dpctl import progress
-from dpctl.data import Images
+from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, sample_generator
-from dpctl.errors import DpctlError
-from dpctl.finetune import checkpoint
+from dpctl.errors import StoppedError
+from dpctl.finetune import checkpoint, guards, processes, validation
 from dpctl.finetune.checkpoint import Checkpoint
+from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
+from dpctl.finetune.state import Ema, State
+from dpctl.finetune.timesteps import make_timesteps
 from dpctl.recipe import LoopRecipe, to_dict
 
 
 def train(
     unet: Any,
     objective: Objective,
-    images: Images,
+    examples: TrainingSet,
     recipe: LoopRecipe,
     *,
+    accelerator: Accelerator,
     folder: Path,
     start: Checkpoint | None = None,
     parent: str | None = None,
     advance: progress.Advance = progress.silent,
-) -> list[float]:
-    """Train `unet` in place, leave the EMA weights in it and return the loss of every step.
+) -> State:
+    """Train `unet` in place and return the state at the end; in the main process `unet` has the averaged weights then.
 
     `folder` receives the checkpoints, which name `parent`, the digest of the model that `unet` is; `start` is the one
-    to go on from. Raises a DpctlError when loss or gradient are no longer finite (the last checkpoint is kept).
+    to go on from. Raises a DpctlError when loss or gradient are no longer finite, the loss runs away or memory is short
+    (the last good checkpoint is kept), and StoppedError after a signal that asked for an end.
     """
-    accelerator = _accelerator(recipe.mixed_precision)
+    split = Split(recipe.batch_size, recipe.accumulation, accelerator.process_index, accelerator.num_processes)
+    draws, parts = Draws(examples, recipe), split.parts()
+    model, state = _prepare(unet, objective, recipe, accelerator)
+    if start is not None:
+        state.restore(start)
+    held_out = draws.held_out()
+    validate = validation.Validation(
+        examples, held_out, objective.scheduler, first_timestep(unet), recipe.batch_size, recipe.seed
+    )
+
+    with (
+        guards.listening() as asked,
+        guards.memory_explained(recipe, split.processes),
+        checkpoint.writing(folder, recipe.keep) as writer,
+        draws.ahead(state.step, parts) as stream,
+    ):
+        for step in range(state.step, recipe.steps):
+            # Every process draws the timesteps of all, so that each knows what each has seen.
+            everyone = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
+            timesteps, weights = (t.to(accelerator.device) for t in state.timesteps.draw(recipe.seed, everyone))
+            _seed_dropout(recipe.seed, everyone[0] + parts[0].start)
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+
+            # Forward and backward, a part at a time. The gradient is that of the mean over the whole batch: processes
+            # are averaged by torch, parts add up.
+            losses = torch.zeros(recipe.batch_size, device=accelerator.device)
+            for part in parts:
+                batch, noise = next(stream)
+                rows = slice(part.start, part.stop)
+                together = contextlib.nullcontext() if part.last else accelerator.no_sync(model)
+                with together, accelerator.autocast():
+                    losses_here = objective(
+                        model, batch.to(accelerator.device), noise.to(accelerator.device), timesteps[rows]
+                    )
+                    mean = (losses_here * weights[rows]).sum() / recipe.batch_size
+                    accelerator.backward(mean * split.processes)
+                losses[rows] = losses_here.detach()
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.gradient_clip))
+
+            # What all processes have to know of one another: every sample's loss, and who was asked to stop.
+            losses, stop = processes.told(accelerator, losses, asked())
+            state.losses.append(float((losses * weights).mean()))
+            # Before the weights take it, so that no checkpoint does.
+            scaled = accelerator.scaler is not None
+            guards.require_finite(state.losses[-1], norm, scaled, step, recipe, folder)
+            state.timesteps.observe(timesteps, losses)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.ema is not None:
+                state.ema.step()
+
+            # Judge, keep, stop.
+            done = _is_done(state, validate, recipe, accelerator, folder)
+            if not done and state.ema is not None and _wants_checkpoint(state, recipe, stop):
+                writer.save(state.checkpoint(to_dict(recipe), parent))
+            advance(1, loss=state.losses[-1], grad_norm=norm)
+            if done:
+                break
+            if stop:
+                writer.wait()
+                raise StoppedError(state.step, recipe.steps, stop)
+
+    if state.ema is not None:
+        state.weights(state.best if recipe.patience else state.ema.shadows)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    unet.eval()
+    return state
+
+
+def _prepare(unet: Any, objective: Objective, recipe: LoopRecipe, accelerator: Accelerator) -> tuple[Any, State]:
+    """Return the network as accelerate wraps it, and the state of a training that begins."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     unet.train()
+    if recipe.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if objective.teacher is not None:
         objective.teacher.eval().requires_grad_(False).to(accelerator.device)
     model, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    losses: list[float] = []
-    if start is not None:
-        _restore(start, unet, ema, optimizer, accelerator.scaler)
-        losses = list(start.losses)
-
-    for step in range(len(losses), recipe.steps):
-        # The batch: which images, which noise and which timesteps are functions of the global sample index alone.
-        indices = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
-        clean, noise, timesteps = draw(images, indices, recipe, objective.scheduler)
-        timesteps.clamp_(min=first_timestep(unet))
-        clean, noise, timesteps = (t.to(accelerator.device) for t in (clean, noise, timesteps))
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        with accelerator.autocast():
-            loss = objective(model, clean, noise, timesteps)
-        accelerator.backward(loss)
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.gradient_clip))
-        losses.append(loss.item())
-        # Before the weights take it, so that no checkpoint does. (In fp16 the scaler skips a gradient that overflows.)
-        if not math.isfinite(losses[-1]) or not (math.isfinite(norm) or accelerator.scaler):
-            raise _diverged(step, recipe, folder)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(unet.parameters())
-
-        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
-            tensors = _state(unet, ema, optimizer, accelerator.scaler)
-            checkpoint.save(folder, Checkpoint(step + 1, to_dict(recipe), list(losses), tensors, parent))
-        advance(1, loss=losses[-1], grad_norm=norm)
-
-    ema.copy_to(unet.parameters())
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    unet.eval()
-    return losses
+    ema = Ema(unet, recipe.ema_decay, on_cpu=recipe.ema_on_cpu) if accelerator.is_main_process else None
+    total = int(objective.scheduler.config.num_train_timesteps)
+    timesteps = make_timesteps(recipe.timestep_sampling, first_timestep(unet), total)
+    return model, State(unet, optimizer, accelerator.scaler, timesteps, ema)
 
 
-def _accelerator(precision: str) -> Accelerator:
-    # accelerate keeps one precision per process and refuses another: every training has its own.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
-    if precision == "fp16" and accelerator.scaler is None:  # accelerate would train in float32 and not say so
-        raise DpctlError("mixed precision fp16 needs a GPU", f"the {accelerator.device.type}", "use bf16 or no")
-    return accelerator
+def _is_done(
+    state: State, validate: validation.Validation, recipe: LoopRecipe, accelerator: Accelerator, folder: Path
+) -> bool:
+    """Validate where it is time to, and tell whether the training ends here; a DpctlError where it runs away."""
+    done = state.step == recipe.steps
+    if recipe.validation and (state.step % recipe.validate_every == 0 or done):
+        _validate(state, validate, recipe, accelerator)
+        done = done or validation.has_stalled(state.validated, recipe.patience)
+    if state.step % guards.STEPS_JUDGED == 0:
+        guards.require_converging(state.losses, recipe, folder)
+    return done
 
 
-def draw(images: Images, indices: Sequence[int], recipe: LoopRecipe, scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (clean [B, C, H, W], noise [B, C, H, W], timesteps [B]) of these global sample indices."""
-    clean = images.batch([shuffled_position(recipe.seed, index, len(images)) for index in indices])
-    noise, timesteps = torch.empty_like(clean), torch.empty(len(indices), dtype=torch.long)
-    for row, index in enumerate(indices):
-        generator = sample_generator(recipe.seed, index, "train")
-        flip, timestep = torch.rand(2, generator=generator).tolist()
-        if recipe.flip and flip < 0.5:
-            clean[row] = clean[row].flip(-1)
-        timesteps[row] = int(timestep * scheduler.config.num_train_timesteps)
-        noise[row].normal_(generator=generator)
-    return clean, noise, timesteps
+def _wants_checkpoint(state: State, recipe: LoopRecipe, stop: int) -> bool:
+    return bool(stop) or (state.step % recipe.checkpoint_every == 0 and guards.is_sound(state.losses, recipe))
 
 
-def shuffled_position(seed: int, index: int, size: int) -> int:
-    """Return the image that global sample `index` reads: every epoch is a permutation of its own."""
-    epoch, place = divmod(index, size)
-    return int(_permutation(seed, epoch, size)[place])
+def _validate(state: State, validate: validation.Validation, recipe: LoopRecipe, accelerator: Accelerator) -> None:
+    """Let the main process judge the averaged weights, and everybody know; keep the best where somebody may want it."""
+    losses = torch.zeros(validation.BUCKETS, dtype=torch.float64)
+    if state.ema is not None:
+        trained = state.weights(state.ema.shadows)
+        losses = validate(state.unet, accelerator.device)
+        state.weights(trained)
+    losses = processes.from_main(accelerator, losses)
+    state.validated.append(validation.entry(state.step, losses))
+    if recipe.patience and state.ema is not None and validation.is_best(state.validated):
+        state.best = [shadow.detach().to("cpu", copy=True) for shadow in state.ema.shadows]
 
 
-_last: dict[tuple[int, int, int], Tensor] = {}
-
-
-def _permutation(seed: int, epoch: int, size: int) -> Tensor:
-    key = (seed, epoch, size)
-    if key not in _last:
-        # A batch can straddle two epochs, so two permutations are worth keeping.
-        for old in list(_last)[:-1]:
-            del _last[old]
-        _last[key] = torch.randperm(size, generator=sample_generator(seed, epoch, "epoch"))
-    return _last[key]
+def _seed_dropout(seed: int, index: int) -> None:
+    """Make what the network itself draws (dropout) a function of the step, too."""
+    torch.manual_seed(sample_generator(seed, index, "dropout").initial_seed())
 
 
 def learning_rate(step: int, recipe: LoopRecipe) -> float:
     """Return the learning rate of `step`: linear warm-up, then cosine to zero (Loshchilov and Hutter, 2017)."""
     warmup = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     return recipe.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-
-
-def _state(unet: Any, ema: EMAModel, optimizer: Any, scaler: Any) -> dict[str, Tensor]:
-    names = [name for name, _ in unet.named_parameters()]
-    tensors = {f"model.{name}": tensor for name, tensor in unet.state_dict().items()}
-    tensors |= {f"ema.{name}": shadow for name, shadow in zip(names, ema.shadow_params, strict=True)}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
-    if scaler is not None:
-        tensors |= {f"scaler.{key}": torch.as_tensor(value) for key, value in scaler.state_dict().items()}
-    return tensors
-
-
-def _restore(start: Checkpoint, unet: Any, ema: EMAModel, optimizer: Any, scaler: Any) -> None:
-    try:
-        unet.load_state_dict(start.part("model"))
-    except RuntimeError as problem:
-        raise DpctlError(
-            "the checkpoint belongs to another network", str(problem).splitlines()[0], "start again without --resume"
-        ) from None
-    shadows = start.part("ema")
-    ema.shadow_params = [shadows[name].to(p.device) for name, p in unet.named_parameters()]
-    ema.optimization_step = start.step
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in start.part("optimizer").items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if scaler is not None:
-        scaler.load_state_dict({key: tensor.item() for key, tensor in start.part("scaler").items()})
-
-
-def _diverged(step: int, recipe: LoopRecipe, folder: Path) -> DpctlError:
-    return DpctlError(
-        "the loss or its gradient is not finite",
-        f"step {step + 1} of {recipe.steps}, learning rate {recipe.learning_rate:g}, {recipe.mixed_precision}",
-        f"lower the learning rate or use mixed precision 'no'; the last good checkpoint is in {folder}",
-    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpctl.data import Images
+from dpctl.data import Images, TrainingSet
 from dpctl.errors import DpctlError
 from dpctl.recipe import FinetuneRecipe, PruneRecipe, TrainRecipe
 
@@ -35,10 +35,17 @@ def scheduler() -> Any:
 
 
 @pytest.fixture
-def images(toy_images: Path) -> Images:
+def plain_images(toy_images: Path) -> Images:
     from dpctl.data import open_data
 
     return open_data(str(toy_images), channels=1, size=(8, 8))
+
+
+@pytest.fixture
+def images(plain_images: Images) -> TrainingSet:
+    from dpctl.data import Pixels
+
+    return Pixels(plain_images)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from dpctl import artifact
-from dpctl.data import open_data
+from dpctl.data import Pixels, open_data
 from dpctl.finetune import finetune, loop, train
 from dpctl.finetune.loss import Objective
+from dpctl.finetune.processes import open_accelerator
 from dpctl.models import load_model
 from dpctl.prune import prune
 from dpctl.recipe import FinetuneRecipe, PruneRecipe, TrainRecipe, to_dict
@@ -83,7 +84,16 @@ def test_what_is_saved_is_the_moving_average(
     def remember(*_: Any, **__: Any) -> None:
         last.update({name: tensor.clone() for name, tensor in model.unet.state_dict().items()})
 
-    loop.train(model.unet, Objective(model.scheduler), images, recipe, folder=tmp_path / "c", advance=remember)
+    accelerator = open_accelerator(recipe)
+    loop.train(
+        model.unet,
+        Objective(model.scheduler),
+        Pixels(images),
+        recipe,
+        accelerator=accelerator,
+        folder=tmp_path / "c",
+        advance=remember,
+    )
     saved = unet_weights(tmp_path / "out")
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.unet.state_dict().items())
     assert not all(torch.equal(saved[name], tensor) for name, tensor in last.items())
