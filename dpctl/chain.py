@@ -8,7 +8,6 @@ teacher of all.
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ class Round:
 
 def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Any:
     """Run the chain below `out` and return the bench's result; raises what the stages raise."""
-    require_one_process()
     check(recipe)
     finetuned, scratch = out / "finetuned", out / "scratch"
     cut = cut_in_rounds(recipe, out, bar=bar)
@@ -49,13 +47,6 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
         recipe.bench, baseline=recipe.model, candidates=tuple(candidates), precision=precision
     )
     return _bench_stage(measured, out / "bench", [out / "exported"], bar)
-
-
-def require_one_process() -> None:
-    """Raise a DpctlError in a process that a launcher started among others: each would run the whole chain."""
-    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        todo = "run the chain by itself, or launch `dpctl finetune` and `dpctl bench`, which divide their work"
-        raise DpctlError("a chain is not divided among processes", f"{count} processes", todo)
 
 
 def check(recipe: ChainRecipe) -> None:

@@ -1,7 +1,9 @@
 """The command line: options -> one call -> one print. Nothing heavy is imported before a command runs."""
 
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -248,17 +250,34 @@ def doctor(json_: options.Json = False) -> None:
     console().print(diagnosis.as_table(findings))
 
 
+# What divides its work among the processes that a launcher starts; every other command would be run by each.
+LAUNCHED = ("finetune", "train", "bench")
+# A process beside the first leaves it to that one to tell a mistake that both have met.
+PATIENCE_S = 3.0
+
+
 def main() -> None:
     """Run the command line; a DpctlError is printed without a traceback and gives its exit code."""
     # A run that is asked to end ends like an interrupted one: what is half-written goes with it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
+        refuse_launch(sys.argv[1:2])
         app(prog_name="dpctl")  # also as python -m dpctl
     except DpctlError as problem:
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(PATIENCE_S)
         typer.echo(f"error: {problem}", err=True)
         sys.exit(problem.exit_code)
     except StoppedError as stopped:
         cli_train.end(stopped)
+
+
+def refuse_launch(command: list[str]) -> None:
+    """Raise a DpctlError in one of several processes that would all do the same work."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and command and command[0] not in LAUNCHED:
+        todo = f"run it by itself; those that can be launched: {', '.join(LAUNCHED)}"
+        raise DpctlError(f"dpctl {command[0]} is not divided among processes", f"{count} processes", todo)
 
 
 if __name__ == "__main__":

@@ -293,6 +293,7 @@ def _finish(
         "bytes": cost.file_bytes(directory),
         "steps": len(losses),
         "loss": sum(last) / len(last),
+        "processes": state.processes,
     }
     if state.validated:
         stats["validated"] = state.validated

@@ -126,7 +126,7 @@ def _prepare(unet: Any, objective: Objective, recipe: LoopRecipe, accelerator: A
     ema = Ema(unet, recipe.ema_decay, on_cpu=recipe.ema_on_cpu) if accelerator.is_main_process else None
     total = int(objective.scheduler.config.num_train_timesteps)
     timesteps = make_timesteps(recipe.timestep_sampling, first_timestep(unet), total)
-    return model, State(unet, optimizer, accelerator.scaler, timesteps, ema)
+    return model, State(unet, optimizer, accelerator.scaler, timesteps, ema, accelerator.num_processes)
 
 
 def _is_done(

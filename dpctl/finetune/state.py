@@ -58,6 +58,7 @@ class State:
     scaler: Any
     timesteps: Timesteps
     ema: Ema | None = None
+    processes: int = 1
     best: list[Tensor] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     validated: list[dict[str, Any]] = field(default_factory=list)
