@@ -107,6 +107,8 @@ def finetune(
         save_model(directory, model=source, unet=unet)
         _copy_kept(source, directory)
         inherited = _inherited(source)
+        if objective.features is not None and objective.features.by_map:
+            inherited["features_by_map"] = list(objective.features.by_map)
         entries = artifact.descent(source.manifest, source.digest, source.source)
         manifest = _finish(directory, unet, state, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
     checkpoint.clear(checkpoint.folder_for(out))

@@ -57,12 +57,11 @@ class Features:
         return torch.stack([self._relative(name, student[name], teacher[name]) for name in self.blocks]).mean(0)
 
     def _relative(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher, index = student.float(), teacher.float(), self._channels[name]
-        if index is None:
-            student, teacher = attention_map(student), attention_map(teacher)
-        else:
+        if (index := self._channels[name]) is not None:
             index = self._channels[name] = index.to(teacher.device)  # once
-            teacher = teacher.index_select(1, index)
+            student, teacher = student.float(), teacher.index_select(1, index).float()
+        else:
+            student, teacher = attention_map(student.float()), attention_map(teacher.float())
         error, size = ((student - teacher).square().flatten(1).mean(1), teacher.square().flatten(1).mean(1))
         return error / size.clamp(min=TINY)
 
