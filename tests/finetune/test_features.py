@@ -123,6 +123,19 @@ def test_the_artifacts_of_pruning_say_which_channels_are_partners(family: Path, 
     assert torch.equal(kept[key][between], kept_again[key])
 
 
+def test_the_stock_layout_has_partners_too(family: Path, tmp_path: Path) -> None:
+    prune(str(family / "teacher"), tmp_path / "stock", PruneRecipe("magnitude", target_macs=0.6, layout="stock"))
+    stock, teacher = load_model(tmp_path / "stock").unet, load_model(family / "teacher").unet
+    assert type(stock) is type(teacher)
+    kept = read_kept(tmp_path / "stock")
+    assert kept
+    found = match(stock, teacher, kept)
+    assert found.by_map == ()
+    seen = outputs(found, stock), outputs(found, teacher)
+    assert seen[0]["mid_block"].shape[1] < seen[1]["mid_block"].shape[1]
+    assert max(found.error(*seen).tolist()) < 5.0
+
+
 def test_where_the_partners_are_not_known_the_maps_are_compared(make_unet: Callable[..., Any]) -> None:
     student, teacher = make_unet(1, block_out_channels=(16, 32)), make_unet(2)
     found = match(student, teacher)
