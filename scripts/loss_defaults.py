@@ -46,10 +46,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillation-3": {},
     "distillation-10": {"distillation": 10.0},
     "distillation-alone": {"denoising": 0.0, "distillation": 1.0},
-    "features-0.01": {"feature_distillation": 0.01},
+    # On this cut the error of the features begins as large as the denoising error, with a gradient of the same norm.
     "features-0.1": {"feature_distillation": 0.1},
+    "features-0.3": {"feature_distillation": 0.3},
     "features-1": {"feature_distillation": 1.0},
-    "features-0.1-for-output": {"feature_distillation": 0.1, "distillation": 0.0},
+    "features-1-for-output": {"feature_distillation": 1.0, "distillation": 0.0},
     "min-snr-5": {"min_snr_gamma": 5.0},
     "min-snr-5-denoising": {"min_snr_gamma": 5.0, "distillation": 0.0},
     "antithetic": {"timestep_sampling": "antithetic"},
