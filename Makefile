@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
-.PHONY: help setup check test test-all demo evidence rounds before-finetuning bench bench-scoring engine-comparison reference clean distclean
+.PHONY: help setup check test test-all demo evidence rounds before-finetuning loss-defaults bench bench-scoring engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -89,6 +89,9 @@ rounds: $(STAMP) ## a cut to 20 % of the MACs in one and in three rounds, with c
 
 before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any finetune, half an hour; continues after a stop
 	$(BIN)/python scripts/before_finetuning.py --page docs/pruning.md
+
+loss-defaults: $(STAMP) ## the table of docs/losses.md: losses and timestep samplings at a fixed budget; continues after a stop
+	$(BIN)/python scripts/loss_defaults.py --page docs/losses.md
 
 engine-comparison: $(STAMP) ## the table of docs/export.md: engines of the unpruned and of the slim network, about a minute
 	$(BIN)/python scripts/engine_comparison.py --page docs/export.md

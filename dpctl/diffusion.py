@@ -51,6 +51,20 @@ def require_image_to_image(config: Any) -> None:
         )
 
 
+def trained_schedule(scheduler: Any) -> Any:
+    """Return what adds noise as in training: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (DDPM equation 4).
+
+    A pipeline carries the sampler that it is to be drawn with, and those of the Euler kind scale x_t otherwise (they
+    scale it back before the network sees it). Others than those with DDPM's betas are returned as they are.
+    """
+    import diffusers
+
+    known = {"beta_schedule", "prediction_type"} <= set(scheduler.config)
+    if not known or isinstance(scheduler, diffusers.DDPMScheduler):
+        return scheduler
+    return diffusers.DDPMScheduler.from_config(scheduler.config)
+
+
 def predicted_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the network has to predict, as the scheduler's `prediction_type` says. [B, C, H, W]"""
     kind = scheduler.config.get("prediction_type")

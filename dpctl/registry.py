@@ -6,6 +6,7 @@ can list them while torch stays unloaded.
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,11 @@ def check(package: str, name: str, what: str) -> str:
 
     `what` is the word for one entry, e.g. ``"criterion"``.
     """
-    known = names(package)
+    return choose(names(package), name, what)
+
+
+def choose(known: Sequence[str], name: str, what: str) -> str:
+    """Return `name` if it is known; otherwise raise a DpctlError that says "did you mean"."""
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, n=1)

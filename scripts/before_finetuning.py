@@ -189,13 +189,13 @@ def tables(done: dict[str, Entry]) -> str:
     return "\n".join([*lines, ""])
 
 
-def write_between(page: Path, text: str) -> None:
+def write_between(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put `text` between the markers of a page. Raises a DpctlError where they are missing."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise DpctlError("the page has no place for the tables", str(page), f"put {BEGIN} and {END} into it")
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise DpctlError("the page has no place for the tables", str(page), f"put {begin} and {end} into it")
+    page.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
 
 
 def read(path: Path, samples: int) -> Entry:

@@ -64,7 +64,8 @@ def train(
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
     scheduler = diffusers.DDPMScheduler()
-    state = _loop(unet, Objective(scheduler), _examples(unet, recipe), recipe, out, start, None, bar)
+    objective = Objective(scheduler, min_snr_gamma=recipe.min_snr_gamma)
+    state = _loop(unet, objective, _examples(unet, recipe), recipe, out, start, None, bar)
     if state.ema is None:
         return None
     with artifact.writing(out, force=force) as directory:
@@ -89,7 +90,7 @@ def finetune(
     of distillation are 0. Returns and raises as `train` does; a DpctlError also for a teacher that is missing or does
     not match.
     """
-    from dpctl.finetune.loss import Objective
+    from dpctl.finetune.loss import open_objective
 
     check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
@@ -98,7 +99,7 @@ def finetune(
         checkpoint.require_same_parent(start, source.digest, checkpoint.folder_for(out))
     teacher = _teacher(source, recipe)
     unet = build_random(dict(source.unet.config), recipe.seed) if recipe.from_scratch else source.unet
-    objective = Objective(source.scheduler, teacher.unet if teacher else None, recipe.denoising, recipe.distillation)
+    objective = open_objective(source, unet, teacher, recipe)
     state = _loop(unet, objective, _examples(unet, recipe), recipe, out, start, source.digest, bar)
     if state.ema is None:
         return None
@@ -106,6 +107,8 @@ def finetune(
         save_model(directory, model=source, unet=unet)
         _copy_kept(source, directory)
         inherited = _inherited(source)
+        if objective.features is not None and objective.features.by_map:
+            inherited["features_by_map"] = list(objective.features.by_map)
         entries = artifact.descent(source.manifest, source.digest, source.source)
         manifest = _finish(directory, unet, state, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
     checkpoint.clear(checkpoint.folder_for(out))
