@@ -69,7 +69,7 @@ def open_folder(
 def _listed(folder: Path) -> tuple[list[str], list[str]]:
     """Return the images and the metadata files below a folder, in the order of their paths."""
     images, files = [], []
-    for where, _, names in os.walk(folder):  # ten times as fast as rglob, in a folder of a million
+    for where, _, names in os.walk(folder):  # measured: a third of the time of rglob
         images += [f"{where}/{name}" for name in names if _suffix(name) in SUFFIXES]
         files += [f"{where}/{name}" for name in names if name in NAMES]
     return sorted(images, key=_parts), sorted(files, key=_parts)
