@@ -100,7 +100,7 @@ def _opened(load: Callable[[], Any], source: str) -> Any:
 def _images(name: str, dataset: Any, channels: int, size: tuple[int, int], broken: Broken) -> TableImages:
     features = dataset.features
     column = _found([key for key in features if type(features[key]).__name__ == "Image"], IMAGES)
-    if column is None or len(dataset) == 0:
+    if column is None:
         listed = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
         got = f"{name}: {len(dataset)} rows with the columns {listed}"
         raise DpctlError("no images in the data set", got, "give one with a column of the type Image, best named image")
