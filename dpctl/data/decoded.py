@@ -20,6 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ORIENTATION = 0x0112  # EXIF's number for how the camera was held
+TOGETHER = 256  # images that the threads are given at a time
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,7 +51,7 @@ class Broken:
     def add(self, index: int, where: str, problem: object) -> None:
         """Note an image; a DpctlError when it is one too many."""
         if self._limit == 0:
-            todo = "repair or remove the file, or skip such images with --max-broken"
+            todo = "repair or remove the file; finetune and train skip up to N with --max-broken N"
             raise DpctlError("an image cannot be read", f"{where}: {problem}", todo)
         with self._lock:
             if index in self._found:
@@ -121,10 +122,11 @@ def framed(picture: Image.Image, size: tuple[int, int], view: View) -> tuple[Ten
 
 
 def in_threads(function: Callable[[T], R], values: Iterable[T]) -> Iterator[R]:
-    """Yield function(value) in order; Pillow decodes without holding Python's lock."""
-    threads = min(8, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(function, values)
+    """Yield function(value) in order, hardly ahead of who asks; Pillow decodes without holding Python's lock."""
+    left = iter(values)
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        while some := list(itertools.islice(left, TOGETHER)):
+            yield from pool.map(function, some)
 
 
 def _upright(image: Image.Image, picture: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpctl.data import Images, Labelled, folder, open_data
+from dpctl.data import Images, Labelled, decoded, folder, open_data
 from dpctl.diffusion import sample_generator
 from dpctl.errors import DpctlError
 
@@ -111,6 +111,19 @@ def test_a_label_belongs_to_the_image_that_is_shown(tmp_path: Path) -> None:
     batch = Labelled(source, 2).batch([0, 1], [sample_generator(0, row) for row in range(2)])
     assert batch.conditions["class_labels"].tolist() == [0, 1]
     assert torch.equal(batch.clean[1], source.batch([2])[0])
+
+
+def test_an_error_leaves_the_rest_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def look(path: str) -> Image.Image:
+        looked.append(path)
+        raise OSError("no such disk")
+
+    monkeypatch.setattr(folder.Image, "open", look)
+    with pytest.raises(DpctlError, match="an image cannot be read"):
+        folder.FolderImages("many", ["a"] * 10_000, 1, SIZE).check()
+    assert 1 <= len(looked) <= decoded.TOGETHER
 
 
 @pytest.mark.parametrize(("count", "looked_into"), [(10, 10), (10_000, 10_000), (10_001, 5001), (1_000_000, 10_000)])

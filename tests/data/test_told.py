@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from dpctl.data import Images, Labelled, open_data
+from dpctl.diffusion import denoising_loss
 from dpctl.errors import DpctlError
 
 SIZE = (8, 8)
@@ -125,6 +127,18 @@ def test_labels_are_checked_against_the_models_classes(photos: Path) -> None:
     with pytest.raises(DpctlError, match="a label is out of range") as caught:
         Labelled(opened(photos), 4)
     assert "labels up to 4, the model has the classes 0 to 3" in caught.value.got
+
+
+def test_a_class_conditional_network_is_trained_on_them(tmp_path: Path, families: dict[str, Any]) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        Image.new("L", SIZE, 90).save(tmp_path / name / "0.png")
+    unet = families["class-conditional"]()
+    images = open_data(str(tmp_path), channels=3, size=SIZE)
+    batch = Labelled(images, unet.config.num_class_embeds).plain([0, 1])
+    noise, timesteps = torch.ones(2, 3, *SIZE), torch.tensor([5, 5])
+    losses = denoising_loss(unet, DDPMScheduler(), batch.clean, noise, timesteps, batch.conditions)
+    assert losses[0].item() != losses[1].item()  # the same pixels and noise: only the class differs
 
 
 # --- metadata that does not fit ----------------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def test_the_number_of_threads_changes_nothing(folder: Path, monkeypatch: pytest
 
 
 def test_threads_keep_the_order_and_pass_errors_on() -> None:
-    assert list(in_threads(lambda value: value * value, range(50))) == [value * value for value in range(50)]
+    assert list(in_threads(lambda value: value * value, range(600))) == [value * value for value in range(600)]
+    assert list(in_threads(lambda value: value, [])) == []
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda value: 1 // value, [1, 0]))
 
