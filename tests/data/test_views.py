@@ -58,11 +58,13 @@ def test_without_views_it_is_the_centre(folder: Path) -> None:
     assert read.frames.dtype == torch.int64
 
 
-def test_random_crops_reach_every_place_and_no_other(tmp_path: Path) -> None:
-    noisy(8, 11).save(tmp_path / "a.png")
+@pytest.mark.parametrize("across", [False, True])
+def test_random_crops_reach_every_place_and_no_other(tmp_path: Path, across: bool) -> None:
+    noisy(*((8, 11) if across else (11, 8))).save(tmp_path / "a.png")
     images = open_data(str(tmp_path), channels=3, size=(8, 8))
-    views = draw_views(generators(64), flip=False, crop="random")
-    assert set(images.read([0] * 64, views).frames[:, 3].tolist()) == {0, 1, 2, 3}
+    corners = images.read([0] * 64, draw_views(generators(64), flip=False, crop="random")).frames[:, 2:]
+    assert set(corners[:, int(across)].tolist()) == {0, 1, 2, 3}
+    assert set(corners[:, 1 - int(across)].tolist()) == {0}
 
 
 def test_the_flip_is_drawn_first_so_that_a_crop_does_not_change_it() -> None:
