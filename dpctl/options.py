@@ -27,7 +27,7 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, print it (and a cheap plan) as JSON and touch nothing.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Data = Annotated[str, typer.Option("--data", help="A folder of images, an .npz with the array images, or reference.")]
+Data = Annotated[str, typer.Option("--data", help="A folder of images, an .npz, datasets:NAME[:SPLIT] or reference.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per step.")]
 LearningRate = Annotated[

@@ -1,7 +1,10 @@
 """What a network is scored and trained on: images, and batches of them with their conditions."""
 
-from dpctl.data.batch import Batch, Pixels, TrainingSet
-from dpctl.data.images import REFERENCE_IMAGES, ArrayImages, FolderImages, Images, open_data, require_pixels
+from dpctl.data.archive import ArrayImages
+from dpctl.data.batch import Batch, Labelled, Pixels, TrainingSet
+from dpctl.data.folder import FolderImages
+from dpctl.data.images import Images, Pictures, View, draw_views
+from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
 
 __all__ = [
     "REFERENCE_IMAGES",
@@ -9,8 +12,12 @@ __all__ = [
     "Batch",
     "FolderImages",
     "Images",
+    "Labelled",
+    "Pictures",
     "Pixels",
     "TrainingSet",
+    "View",
+    "draw_views",
     "open_data",
     "require_pixels",
 ]

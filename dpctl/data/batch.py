@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Generator, Tensor
 
-from dpctl.data.images import Images
+from dpctl.data.images import Images, Pictures, draw_views
+from dpctl.errors import DpctlError
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,35 @@ class TrainingSet(Protocol):
 class Pixels:
     """Images as they are, for networks without conditions."""
 
-    def __init__(self, images: Images, *, flip: bool = True) -> None:
-        self.name, self._images, self._flip = images.name, images, flip
+    def __init__(self, images: Images, *, flip: bool = True, crop: str = "center") -> None:
+        self.name, self._images, self._flip, self._crop = images.name, images, flip, crop
 
     def __len__(self) -> int:
         return len(self._images)
 
     def batch(self, positions: Sequence[int], generators: Sequence[Generator]) -> Batch:
-        clean = self._images.batch(positions)
-        for row, generator in enumerate(generators):
-            if self._flip and float(torch.rand((), generator=generator)) < 0.5:
-                clean[row] = clean[row].flip(-1)
-        return Batch(clean)
+        return self._batch(self._images.read(positions, draw_views(generators, flip=self._flip, crop=self._crop)))
 
     def plain(self, positions: Sequence[int]) -> Batch:
-        return Batch(self._images.batch(positions))
+        return self._batch(self._images.read(positions))
+
+    def _batch(self, pictures: Pictures) -> Batch:
+        return Batch(pictures.pixels)
+
+
+class Labelled(Pixels):
+    """Images with their classes, for networks that are conditioned on one of `classes` (`num_class_embeds`).
+
+    Raises a DpctlError for images without labels, or with more classes. No class is dropped in training: no embedding
+    of these networks stands for none.
+    """
+
+    def __init__(self, images: Images, classes: int, *, flip: bool = True, crop: str = "center") -> None:
+        super().__init__(images, flip=flip, crop=crop)
+        images.labels([0])  # there are some
+        if images.classes > classes:
+            got = f"{images.name}: labels up to {images.classes - 1}, the model has the classes 0 to {classes - 1}"
+            raise DpctlError("a label is out of range", got, "give the images that belong to the model's classes")
+
+    def _batch(self, pictures: Pictures) -> Batch:
+        return Batch(pictures.pixels, {"class_labels": self._images.labels(pictures.indices)})

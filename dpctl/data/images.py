@@ -1,145 +1,138 @@
-"""Images for scoring and training: a folder, an `.npz` or `reference`, as batches [B, C, H, W] in [-1, 1]."""
+"""What every source of images offers: batches [B, C, H, W] in [-1, 1], and what is told about each image."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dpctl.errors import DpctlError
 
-REFERENCE_IMAGES = Path(__file__).parent.parent / "reference" / "images.npz"
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+CAPTION = '{"file_name": "a.png", "text": "a red bicycle"}'
+LABEL = '{"file_name": "a.png", "label": 3}'
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is looked at: mirrored or not, and where it is cropped.
+
+    `place` is how much of the surplus lies above and to the left, each in [0, 1); without one it is the centre.
+    """
+
+    flip: bool = False
+    place: tuple[float, float] | None = None
+
+
+def draw_views(generators: Sequence[Generator], *, flip: bool, crop: str) -> list[View]:
+    """Draw the view of each row from its own generator: first the flip, then the place of a random crop."""
+    views = []
+    for generator in generators:
+        flipped = flip and float(torch.rand((), generator=generator)) < 0.5
+        place = torch.rand(2, generator=generator).tolist() if crop == "random" else None
+        views.append(View(flipped, (place[0], place[1]) if place else None))
+    return views
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images as they were read.
+
+    * `pixels` [B, C, H, W], float32 in [-1, 1].
+    * `frames` [B, 4], int64: the original height and width, then top and left of the crop in the picture that was
+      resized to cover [H, W] (and mirrored, where it was): what SDXL's time_ids begin with.
+    * `indices`: which image each row shows: another one than asked for where that cannot be read. Ask for labels and
+      captions by these.
+    """
+
+    pixels: Tensor
+    frames: Tensor
+    indices: list[int]
 
 
 class Images(Protocol):
-    """A finite set of images of one size."""
+    """A finite set of images of one size, with a label each (below `classes`, which is 0 without), or a caption."""
 
     name: str
+    classes: int
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Return images [B, C, H, W], float32 in [-1, 1]."""
+        """Return images [B, C, H, W], float32 in [-1, 1], cropped at the centre."""
+
+    def read(self, indices: Sequence[int], views: Sequence[View] | None = None) -> Pictures:
+        """Return images as the views show them, one view each; without any not mirrored, cropped at the centre."""
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        """Return the class of each image, [B] int64; a DpctlError where the source has none."""
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Return the caption of each image; a DpctlError where the source has none."""
 
 
-class ArrayImages:
-    """Images held in memory as bytes [N, C, H, W]."""
+@dataclass(frozen=True)
+class Told:
+    """What a source says about its images: a class of `classes` each, a caption each; `about` is where it says so."""
 
-    def __init__(self, name: str, pixels: np.ndarray) -> None:
-        self.name, self._pixels = name, pixels
+    labels: np.ndarray | None = None
+    classes: int = 0
+    captions: Sequence[str] | None = None
+    about: str = ""
 
-    def __len__(self) -> int:
-        return len(self._pixels)
+
+class Source:
+    """What all sources have in common: a name, and labels and captions where they are told."""
+
+    def __init__(self, name: str, told: Told) -> None:
+        self.name, self.classes, self._told = name, told.classes, told
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        return _to_float(torch.from_numpy(self._pixels[np.asarray(indices)]))
+        return self.read(indices).pixels
+
+    def read(self, indices: Sequence[int], views: Sequence[View] | None = None) -> Pictures:
+        raise NotImplementedError
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        if self._told.labels is None:
+            todo = f"sort the images into one folder per class, or give metadata.jsonl with lines such as {LABEL}"
+            raise DpctlError("no labels for a class-conditional model", self._where(), todo)
+        return torch.from_numpy(self._told.labels[np.asarray(indices, np.int64)])
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        todo = f"put metadata.jsonl into the folder of images, one line for each, such as {CAPTION}"
+        if self._told.captions is None:
+            raise DpctlError("no captions for a text model", self._where(), todo)
+        captions = [self._told.captions[index] for index in indices]
+        for index, caption in zip(indices, captions, strict=True):
+            if not isinstance(caption, str):
+                raise DpctlError("a caption is no text", f"{self.name}, image {index}: {caption!r}", "give it a text")
+        return captions
+
+    def _where(self) -> str:
+        return f"{self.name} ({self._told.about})" if self._told.about else self.name
 
 
-class FolderImages:
-    """Images decoded when they are asked for; resized to cover [H, W], then cropped at the centre."""
+def told_labels(values: Sequence[object], about: str) -> tuple[np.ndarray, int]:
+    """Return labels as int64 [N] with the number of classes: numbers as they are, names in sorted order.
 
-    def __init__(self, name: str, paths: list[Path], channels: int, size: tuple[int, int]) -> None:
-        self.name, self._paths, self._channels, self._size = name, paths, channels, size
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def batch(self, indices: Sequence[int]) -> Tensor:
-        return _to_float(torch.stack([self._decode(self._paths[i]) for i in indices]))
-
-    def _decode(self, path: Path) -> Tensor:
-        height, width = self._size
-        try:
-            with Image.open(path) as image:
-                picture = _to_bytes(image).convert("L" if self._channels == 1 else "RGB")
-        except Exception as problem:  # a damaged file makes Pillow raise nearly anything
-            raise _broken(path, problem) from None
-        scale = max(height / picture.height, width / picture.width)
-        larger = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        left, top = (larger[0] - width) // 2, (larger[1] - height) // 2
-        picture = picture.resize(larger, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
-        pixels = np.array(picture, dtype=np.uint8).reshape(height, width, self._channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def open_data(source: str, *, channels: int, size: tuple[int, int]) -> Images:
-    """Open `source` (an image folder, an `.npz` with the array `images`, or ``reference``).
-
-    Raises a DpctlError where there are no images, one is broken, or they do not fit [C, H, W].
+    Raises a DpctlError where they are neither, or below 0.
     """
-    require_pixels(channels)
-    if source == "reference":
-        return _from_npz(REFERENCE_IMAGES, "reference", channels, size)
-    path = Path(source)
-    if source and path.is_dir():  # an empty name is a variable that was not set, not the folder one is in
-        return _from_folder(path, channels, size)
-    if path.is_file() and path.suffix == ".npz":
-        return _from_npz(path, str(path), channels, size)
-    raise DpctlError(
-        "no such data", source, "give a folder of images, an .npz file with the array 'images', or the word reference"
-    )
+    if values and all(isinstance(value, str) for value in values):
+        names = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
+        return np.array([names[str(value)] for value in values], np.int64), len(names)
+    wrong = next((value for value in values if not _is_class(value)), None)
+    if wrong is not None or not all(_is_class(value) for value in values):
+        raise DpctlError("a label is no class", f"{about}: {wrong!r}", "give whole numbers from 0 up, or names, to all")
+    labels = np.array(values, np.int64)
+    return labels, int(labels.max()) + 1
 
 
-def require_pixels(channels: int) -> None:
-    """Raise a DpctlError unless images have as many channels."""
-    if channels not in (1, 3):
-        raise DpctlError(
-            "images cannot feed this model",
-            f"{channels} input channels",
-            "bring a model of 1 or 3 channels (pixel space)",
-        )
+def _is_class(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < 2**31
 
 
-def _from_folder(folder: Path, channels: int, size: tuple[int, int]) -> FolderImages:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise DpctlError("no images in the folder", str(folder), f"put images there ({', '.join(sorted(SUFFIXES))})")
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except Exception as problem:  # a damaged file makes Pillow raise nearly anything
-            raise _broken(path, problem) from None
-    return FolderImages(str(folder), paths, channels, size)
-
-
-def _from_npz(path: Path, name: str, channels: int, size: tuple[int, int]) -> ArrayImages:
-    todo = "give an .npz with an array 'images' of uint8, [N, H, W] or [N, H, W, C]"
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            pixels = archive["images"]
-    except Exception as problem:  # a damaged archive fails in zipfile, zlib, numpy or struct
-        raise DpctlError("the image archive cannot be read", f"{path}: {problem}", todo) from None
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) == 0:
-        raise DpctlError("the array 'images' is not a set of images", f"{pixels.dtype} {list(pixels.shape)}", todo)
-    if pixels.shape[1:] != (*size, channels):
-        height, width, depth = pixels.shape[1:]
-        raise DpctlError(
-            "the data does not fit the model",
-            f"images of {height}x{width} with {depth} channel(s); the model takes {size[0]}x{size[1]} with {channels}",
-            "convert the images to [N, H, W, C], or give a folder of image files (those are resized)",
-        )
-    return ArrayImages(name, np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-
-
-def _to_bytes(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bit, which Pillow would clip to white; refuse pixels whose range is not known."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bit per channel")
-    return image
-
-
-def _to_float(pixels: Tensor) -> Tensor:
+def to_float(pixels: Tensor) -> Tensor:
+    """Return bytes as float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1.0)
-
-
-def _broken(path: Path, problem: Exception) -> DpctlError:
-    return DpctlError("an image cannot be read", f"{path}: {problem}", "repair or remove the file")

@@ -99,15 +99,16 @@ def test_grey_and_colour_in_every_mode(tmp_path: Path, mode: str, channels: int)
 
 def test_folders_are_searched_in_the_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    for value, name in enumerate(["b.JPG", "deep/a.webp", "deep/er/c.bmp", "z.png"]):
-        Image.new("L", (8, 8), 60 * value).save(tmp_path / name)
+    (tmp_path / "deep-er").mkdir()
+    for value, name in enumerate(["b.JPG", "deep/a.webp", "deep/er/c.bmp", "deep-er/a.png", "z.png"]):
+        Image.new("L", (8, 8), 50 * value).save(tmp_path / name)
     (tmp_path / "labels.csv").write_text("no image")
     (tmp_path / "folder.png").mkdir()
     images = open_data(str(tmp_path), channels=1, size=SIZE)
-    assert len(images) == 4
+    assert len(images) == 5
     assert images.name == str(tmp_path)
-    shades = (images.batch(range(4)).mean((1, 2, 3)) + 1) * 127.5
-    torch.testing.assert_close(shades, torch.tensor([0.0, 60.0, 120.0, 180.0]), rtol=0, atol=2)
+    shades = (images.batch(range(5)).mean((1, 2, 3)) + 1) * 127.5
+    torch.testing.assert_close(shades, torch.tensor([0.0, 50.0, 100.0, 150.0, 200.0]), rtol=0, atol=2)
 
 
 @pytest.mark.parametrize(
