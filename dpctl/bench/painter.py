@@ -20,9 +20,10 @@ from dpctl import registry
 from dpctl.bench.result import DENOISER, OTHER, PARTS, SCHEDULER, TEXT_ENCODER, VAE
 from dpctl.errors import DpctlError
 from dpctl.models import decoder_of, load_scheduler
+from dpctl.pipelines import hide_progress, pipeline_class, takes_text
 from runtime import BACKENDS, load_pipeline, make_scheduler, open_denoiser, sample
 from runtime.denoiser import Denoiser
-from runtime.pipeline import draw_images, hide_progress, pipeline_class, takes_text
+from runtime.pipeline import draw_images
 
 STEP = "step"
 GIVEN = "--prompt TEXT (`dpctl sample`), or --prompts FILE with one per line (`dpctl bench`)"

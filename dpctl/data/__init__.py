@@ -5,6 +5,7 @@ from dpctl.data.batch import Batch, Labelled, Pixels, TrainingSet
 from dpctl.data.folder import FolderImages
 from dpctl.data.images import Images, Pictures, View, draw_views
 from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
+from dpctl.data.training import open_pixels, open_training_set
 
 __all__ = [
     "REFERENCE_IMAGES",
@@ -19,5 +20,7 @@ __all__ = [
     "View",
     "draw_views",
     "open_data",
+    "open_pixels",
+    "open_training_set",
     "require_pixels",
 ]
