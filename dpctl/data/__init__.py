@@ -4,6 +4,7 @@ from dpctl.data.archive import ArrayImages
 from dpctl.data.batch import Batch, Labelled, Pixels, TrainingSet
 from dpctl.data.folder import FolderImages
 from dpctl.data.images import Images, Pictures, View, draw_views
+from dpctl.data.prompts import read_prompts
 from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
 from dpctl.data.training import open_pixels, open_training_set
 
@@ -22,5 +23,6 @@ __all__ = [
     "open_data",
     "open_pixels",
     "open_training_set",
+    "read_prompts",
     "require_pixels",
 ]

@@ -83,14 +83,14 @@ def _make(
     report: Callable[[str], None],
 ) -> None:
     making = folder.with_name(folder.name + MAKING)
-    with _alone(making, what, report):
+    with alone(making, what, report):
         if folder.is_dir():  # another process has made it while this one waited
             shutil.rmtree(making, ignore_errors=True)
             return
         with maker() as make, ExitStack() as stack:
             first = {name: values[0] for name, values in make(range(1)).items()}
             done = _noted(making, first, count)
-            _require_space(making, folder, sum(row.nbytes for row in first.values()) * (count - done), what, report)
+            require_space(making, folder, sum(row.nbytes for row in first.values()) * (count - done), what, report)
             files = {name: stack.enter_context(_appending(making, name, first[name], count, done)) for name in first}
             advance = stack.enter_context(bar(what, count, done=done))
             for number, start in enumerate(range(done, count, together)):
@@ -104,7 +104,7 @@ def _make(
 
 
 @contextmanager
-def _alone(making: Path, what: str, report: Callable[[str], None]) -> Iterator[None]:
+def alone(making: Path, what: str, report: Callable[[str], None] = say) -> Iterator[None]:
     """Hold the lock of a cache that is being made; wait for who holds it."""
     making.mkdir(parents=True, exist_ok=True)
     with (making / LOCK).open("w") as lock:
@@ -143,7 +143,7 @@ def _note(making: Path, files: Iterable[BinaryIO], done: int) -> None:
     written.replace(making / NOTED)
 
 
-def _require_space(making: Path, folder: Path, needed: int, what: str, report: Callable[[str], None]) -> None:
+def require_space(making: Path, folder: Path, needed: int, what: str, report: Callable[[str], None] = say) -> None:
     """Report the disk that the rest needs, and refuse to begin what cannot end."""
     free = shutil.disk_usage(making).free
     report(f"{what}: {units.bytes_(needed)} in {folder} ({units.bytes_(free)} free)")
