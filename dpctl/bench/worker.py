@@ -29,15 +29,17 @@ CPU = torch.device("cpu")
 class Subject:
     """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
 
-    def __init__(self, directory: str, backend: str, threads: int, **asked: Any) -> None:
+    def __init__(self, directory: str, backend: str, threads: int, precision: str | None = None, **asked: Any) -> None:
         self._directory, self._backend, self._threads = Path(directory), backend, threads
+        self._precision = precision
         painter.require(self._directory, backend)
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
         self._device_base = device_memory()
         reset = reset_peak()
         began = time.perf_counter()
-        self._painter = painter.open_painter(self._directory, backend, threads=threads, **asked)
+        asked |= {"threads": threads, "precision": precision}
+        self._painter = painter.open_painter(self._directory, backend, **asked)
         self._denoiser = self._painter.denoiser
         self._meter = Meter(self._denoiser.device)
         self.opened = {
@@ -96,6 +98,7 @@ class Subject:
         """
         take = getattr(registry.load(BACKENDS, self._backend, "backend"), "profile", None)
         asked: dict[str, Any] = {"threads": self._threads, "batch_size": batch_size, "runs": runs}
+        asked |= {} if self._precision is None else {"precision": self._precision}
         layers = take(self._directory, device=str(self._denoiser.device), **asked) if take is not None else None
         return {"layers": None if layers is None else [asdict(layer) for layer in layers]}
 

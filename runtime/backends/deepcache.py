@@ -97,12 +97,14 @@ class Kept:
         return args, kwargs | {"hidden_states": self.feature}
 
 
-def open_denoiser(directory: Path, *, threads: int | None = None, device: str | None = None) -> DeepCacheDenoiser:
+def open_denoiser(
+    directory: Path, *, threads: int | None = None, device: str | None = None, precision: str = "fp32"
+) -> DeepCacheDenoiser:
     """Load a model directory into PyTorch, as eager does.
 
     Raises a DpctlError for an exported directory, and for a network that has no deep part to leave out.
     """
-    return DeepCacheDenoiser(eager.load(directory, threads, device))
+    return DeepCacheDenoiser(eager.load(directory, threads, device, precision))
 
 
 def shared(unet: Any) -> Any:

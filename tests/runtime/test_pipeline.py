@@ -262,6 +262,15 @@ def test_a_latent_consistency_model_gets_its_strength_of_guidance(text_encoder: 
     assert not torch.equal(weak, strong)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_network_in_half_precision_draws_nearly_the_same(stable_diffusion: Path, precision: str) -> None:
+    whole = drawn(quiet(runtime.load_pipeline(stable_diffusion)), 0, 1)
+    pipe = quiet(runtime.load_pipeline(stable_diffusion, precision=precision))
+    half = drawn(pipe, 0, 1)
+    assert (pipe.unet.denoiser.precision, pipe.unet.dtype) == (precision, torch.float32)
+    assert 0 < (half - whole).abs().mean() < 0.02
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_an_image_is_the_same_in_every_batch(exported: Path, scheduler: str) -> None:
     pipe = quiet(runtime.load_pipeline(exported, "ort"), scheduler)
