@@ -69,6 +69,19 @@ def test_it_paints_what_the_pipeline_draws_timed_or_not(
     brush.close()
 
 
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler-ancestral", "lcm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_of_the_scheduler_is_the_images_own(directories: dict[str, Path], kind: str, scheduler: str) -> None:
+    with opened(directories[kind], scheduler=scheduler) as brush:
+        together = brush.paint([0, 1, 2], STEPS)
+        torch.manual_seed(1)  # what others draw does not count
+        backwards = brush.paint([2, 0], STEPS)
+        timed, _ = brush.timed([1], STEPS)
+    torch.testing.assert_close(backwards, together[[2, 0]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(timed, together[[1]], rtol=0, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_are_the_whole(directories: dict[str, Path], kind: str) -> None:
     brush = opened(directories[kind])
