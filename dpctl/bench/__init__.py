@@ -4,6 +4,7 @@ A subject is one model on one backend. Its process is fresh: the memory pass com
 subject in the same round draws the same images, then the samples that the quality is judged by.
 """
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def run_bench(
         command=typed_command(),
         recipe=to_dict(recipe),
         threads=threads,
-        environment=environment.describe() | measurement.around | {"samples_drawn_by": processes.drawn},
+        environment=surroundings(measurement, processes),
         features=space.description if space is not None and samples else None,
         models=models,
         subjects=tuple(run.subject() for run in runs),
@@ -101,6 +102,14 @@ def draw(
     except KeyboardInterrupt:
         measurement.interrupted = True
         return []
+
+
+def surroundings(measurement: Measurement, processes: drawing.Crew) -> dict[str, Any]:
+    """Return the machine and what it did meanwhile, who drew the samples, and a digest of what the prompts say."""
+    found = environment.describe() | measurement.around | {"samples_drawn_by": processes.drawn}
+    if measurement.prompts:
+        found["prompts_digest"] = hashlib.sha256("\n".join(measurement.prompts).encode()).hexdigest()
+    return found
 
 
 def check(recipe: BenchRecipe) -> None:

@@ -1,5 +1,6 @@
 """Whole images of every kind of model: the images are those of the pipeline, and the times are arithmetic."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -262,6 +263,7 @@ def test_pipelines_are_measured_as_a_whole(directories: dict[str, Path], toy_cli
     result = bench.run_bench(recipe, tmp_path / "out")
     assert read_result(tmp_path / "out/bench.json") == result
     assert [subject.failure for subject in result.subjects] == [None, None]
+    assert result.environment["prompts_digest"] == hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()
     for subject in result.subjects:
         (turn,) = (turn for turn in subject.turns if turn.round == 1)
         assert math.fsum(turn.parts_s.values()) == pytest.approx(turn.latency_s, rel=1e-9)
