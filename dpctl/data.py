@@ -55,7 +55,7 @@ class FolderImages:
         height, width = self._size
         try:
             with Image.open(path) as image:
-                picture = _to_bytes(image).convert("L" if self._channels == 1 else "RGB")
+                picture = _in_8_bits(image).convert("L" if self._channels == 1 else "RGB")
         except Exception as problem:  # a damaged file makes Pillow raise nearly anything
             raise _broken(path, problem) from None
         scale = max(height / picture.height, width / picture.width)
@@ -128,13 +128,18 @@ def _from_npz(path: Path, name: str, channels: int, size: tuple[int, int]) -> Ar
     return ArrayImages(name, np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
-def _to_bytes(image: Image.Image) -> Image.Image:
+def _in_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bit, which Pillow would clip to white; refuse pixels whose range is not known."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bit per channel")
     return image
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Return images [N, C, H, W] in [-1, 1] as bytes [N, H, W, C]; what lies outside is clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dpctl import registry
 from dpctl.bench import painter
 from dpctl.bench.gpu import Meter
 from dpctl.bench.light import peak_flops
+from dpctl.data import to_bytes
 from dpctl.errors import DpctlError
 from runtime import BACKENDS
 from runtime.denoiser import memory_used
@@ -88,7 +89,7 @@ class Subject:
     def draw(self, start: int, stop: int, num_inference_steps: int, file: str) -> dict[str, Any]:
         """Draw the samples from `start` to `stop` and save them as bytes [N, H, W, C] (.npy)."""
         images = self._painter.paint(range(start, stop), num_inference_steps)
-        np.save(file, ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
+        np.save(file, to_bytes(images), allow_pickle=False)
         return {}
 
     def profile(self, batch_size: int, runs: int) -> dict[str, Any]:
