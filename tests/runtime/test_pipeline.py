@@ -269,9 +269,8 @@ def test_latent_diffusion_hands_its_generator_to_the_scheduler(latent: Path, one
     assert (type(pipe).__name__, isinstance(pipe, LDMPipeline)) == ("LDMPipeline", True)
 
     def images() -> torch.Tensor:
-        generator = generators(0)[0] if one else generators(0)
         pipe.scheduler.set_timesteps(3)  # it scales its first noise by the steps of the last call
-        # By its place, as the stock pipeline takes it too.
+        generator = generators(0)[0] if one else generators(0)  # given by its place
         return torch.from_numpy(pipe(1, generator, num_inference_steps=3, output_type="np").images)
 
     first = images()
