@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpctl.errors import DpctlError
 from dpctl.models import read_index
-from runtime.denoiser import Denoiser
+from runtime.denoiser import Denoiser, begin
 from runtime.noise import image_generators
 
 # Of `added_cond_kwargs`: what the signature names. `image_embeds` and the like belong to IP-Adapter.
@@ -243,6 +243,7 @@ def draw_images(
     try:
         # Latent diffusion scales its noise before it says how many steps there are: the last call's would count.
         pipe.scheduler.set_timesteps(num_inference_steps)
+        begin(pipe.unet.denoiser)
         found = pipe(**asked, generator=image_generators(seed, indices)).images
     except ValueError as problem:  # how diffusers tells of steps and sizes that it cannot take
         got = f"{type(pipe).__name__}: {problem}"
