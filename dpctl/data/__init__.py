@@ -3,7 +3,7 @@
 from dpctl.data.archive import ArrayImages
 from dpctl.data.batch import Batch, Labelled, Pixels, TrainingSet
 from dpctl.data.folder import FolderImages
-from dpctl.data.images import Images, Pictures, View, draw_views
+from dpctl.data.images import Images, Pictures, View, draw_views, to_bytes
 from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "draw_views",
     "open_data",
     "require_pixels",
+    "to_bytes",
 ]
