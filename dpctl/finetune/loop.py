@@ -17,7 +17,7 @@ from dpctl import progress
 from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, sample_generator
 from dpctl.errors import StoppedError
-from dpctl.finetune import checkpoint, guards, processes, validation
+from dpctl.finetune import checkpoint, guards, processes, sheets, validation
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
@@ -53,6 +53,8 @@ def train(
     validate = validation.Validation(
         examples, held_out, objective.scheduler, first_timestep(unet), recipe.batch_size, recipe.seed
     )
+
+    pictures = sheets.open_sheets(objective, recipe, folder)
 
     with (
         guards.listening() as asked,
@@ -98,6 +100,7 @@ def train(
 
             # Judge, keep, stop.
             done = _is_done(state, validate, recipe, accelerator, folder)
+            pictures.draw(state, done=done)
             if not done and state.ema is not None and _wants_checkpoint(state, recipe, stop):
                 writer.save(state.checkpoint(to_dict(recipe), parent))
             advance(1, loss=state.losses[-1], grad_norm=norm)
