@@ -21,6 +21,7 @@ from dpctl.finetune import checkpoint, guards, processes, sheets, validation
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
+from dpctl.finetune.meter import Meter
 from dpctl.finetune.state import Ema, State
 from dpctl.finetune.timesteps import make_timesteps
 from dpctl.recipe import LoopRecipe, to_dict
@@ -55,6 +56,7 @@ def train(
     )
 
     pictures = sheets.open_sheets(objective, recipe, folder)
+    meter = Meter(recipe.batch_size, accelerator.device, share=split.processes)
 
     with (
         guards.listening() as asked,
@@ -78,12 +80,14 @@ def train(
                 rows = slice(part.start, part.stop)
                 together = contextlib.nullcontext() if part.last else accelerator.no_sync(model)
                 with together, accelerator.autocast():
-                    losses_here = objective(
+                    terms = objective.terms(
                         model, batch.to(accelerator.device), noise.to(accelerator.device), timesteps[rows]
                     )
+                    losses_here = objective.total(terms)
                     mean = (losses_here * weights[rows]).sum() / recipe.batch_size
                     accelerator.backward(mean * split.processes)
                 losses[rows] = losses_here.detach()
+                meter.add(terms, weights[rows])
             norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.gradient_clip))
 
             # What all processes have to know of one another: every sample's loss, and who was asked to stop.
@@ -103,7 +107,7 @@ def train(
             pictures.draw(state, done=done)
             if not done and state.ema is not None and _wants_checkpoint(state, recipe, stop):
                 writer.save(state.checkpoint(to_dict(recipe), parent))
-            advance(1, loss=state.losses[-1], grad_norm=norm)
+            advance(1, loss=state.losses[-1], **meter.parts(), grad_norm=norm, **meter.speed())
             if done:
                 break
             if stop:
