@@ -30,18 +30,22 @@ def noise_for(seed: int, indices: Sequence[int], shape: Sequence[int], stream: s
     return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, i, stream)) for i in indices])
 
 
-def require_image_to_image(config: Any) -> None:
-    """Raise a DpctlError unless a network turns a noisy image and a timestep, nothing else, into one like it."""
-    conditions = [
-        f"{name} {config.get(name)!r}"
-        for name in ("num_class_embeds", "class_embed_type", "cross_attention_dim")
-        if config.get(name) is not None
-    ]
+CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim")
+
+
+def require_image_to_image(config: Any, *, labels: bool = False) -> None:
+    """Raise a DpctlError unless a network turns a noisy image and a timestep, nothing else, into one like it.
+
+    With `labels` it may know the image's class, too.
+    """
+    refused = ("class_embed_type", "cross_attention_dim") if labels else CONDITIONS
+    conditions = [f"{name} {config.get(name)!r}" for name in refused if config.get(name) is not None]
     if conditions:
+        work, known = ("trained", "unconditional or class-conditional") if labels else ("scored", "unconditional")
         raise DpctlError(
-            "a conditional network cannot be scored or trained yet",
+            f"this conditional network cannot be {work} yet",
             ", ".join(conditions),
-            "bring an unconditional model: the images have no labels and no captions",
+            f"bring an {known} model: the images have no conditions of other kinds",
         )
     if config.in_channels != config.out_channels:
         raise DpctlError(
@@ -102,5 +106,5 @@ def denoising_loss(
 
 def predict(unet: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
     """Return a network's output [B, C, H, W], float32, under its conditions by their names in the signature."""
-    given = {"sample": noisy, "timestep": timesteps, **(conditions or {})}
-    return unet(**unet_arguments(given)).sample.float()
+    output: Tensor = unet(noisy, timesteps, **unet_arguments(conditions or {})).sample
+    return output.float()

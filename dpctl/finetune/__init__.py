@@ -9,7 +9,7 @@ from typing import Any
 
 from dpctl import artifact, cost, progress
 from dpctl.artifact import Manifest
-from dpctl.data import Pixels, TrainingSet, open_data
+from dpctl.data import Labelled, Pixels, TrainingSet, open_data
 from dpctl.diffusion import require_image_to_image
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
@@ -211,9 +211,13 @@ def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Check
 
 
 def _examples(unet: Any, recipe: LoopRecipe) -> TrainingSet:
-    require_image_to_image(unet.config)
-    images = open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
-    return Pixels(images, flip=recipe.flip)
+    require_image_to_image(unet.config, labels=True)
+    size = sample_size(unet.config)
+    images = open_data(recipe.data, channels=unet.config.in_channels, size=size, max_broken=recipe.max_broken)
+    classes = unet.config.get("num_class_embeds")
+    if classes is None:
+        return Pixels(images, flip=recipe.flip, crop=recipe.crop)
+    return Labelled(images, classes, flip=recipe.flip, crop=recipe.crop)
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 def launch(*arguments: object, processes: int = 2) -> list[str]:
     """Return the command that really starts several processes on a CPU (`accelerate launch --cpu` starts one)."""
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*run, "--no-python", sys.executable, "-m", "dpctl", *map(str, arguments)]
 
 
