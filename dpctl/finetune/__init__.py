@@ -131,6 +131,7 @@ def _loop(
     parent: str | None,
     bar: progress.Bar,
 ) -> Any:
+    from dpctl.data.decoded import say
     from dpctl.finetune.loop import train as train_loop
     from dpctl.finetune.processes import open_accelerator
 
@@ -154,6 +155,7 @@ def _loop(
             start=start,
             parent=parent,
             advance=advance,
+            say=None if bar is progress.no_bar else say,
         )
 
 

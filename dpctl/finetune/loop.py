@@ -7,6 +7,7 @@ everything else.
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dpctl import progress
 from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, sample_generator
 from dpctl.errors import StoppedError
-from dpctl.finetune import checkpoint, guards, processes, sheets, validation
+from dpctl.finetune import checkpoint, estimate, guards, processes, sheets, validation
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
@@ -38,12 +39,14 @@ def train(
     start: Checkpoint | None = None,
     parent: str | None = None,
     advance: progress.Advance = progress.silent,
+    say: Callable[[str], None] | None = None,
 ) -> State:
     """Train `unet` in place and return the state at the end; in the main process `unet` has the averaged weights then.
 
     `folder` receives the checkpoints, which name `parent`, the digest of the model that `unet` is; `start` is the one
-    to go on from. Raises a DpctlError when loss or gradient are no longer finite, the loss runs away or memory is short
-    (the last good checkpoint is kept), and StoppedError after a signal that asked for an end.
+    to go on from; `say` is told what the training will take. Raises a DpctlError when loss or gradient are no longer
+    finite, the loss runs away or memory is short (the last good checkpoint is kept), and StoppedError after a signal
+    that asked for an end.
     """
     split = Split(recipe.batch_size, recipe.accumulation, accelerator.process_index, accelerator.num_processes)
     draws, parts = Draws(examples, recipe), split.parts()
@@ -56,6 +59,7 @@ def train(
     )
 
     pictures = sheets.open_sheets(objective, recipe, folder)
+    estimate.tell(state, objective, draws, recipe, accelerator, say)
     meter = Meter(recipe.batch_size, accelerator.device, share=split.processes)
 
     with (
