@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
-.PHONY: help setup check test test-all demo evidence rounds before-finetuning loss-defaults bench bench-scoring engine-comparison reference clean distclean
+.PHONY: help setup check test test-all demo evidence benchmarks rounds before-finetuning loss-defaults bench bench-scoring bench-train engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -77,6 +77,12 @@ evidence: $(STAMP) ## the long run behind docs/, about half an hour; continues a
 		docs/evidence/all-threads/*.md
 	echo "[evidence] docs/evidence/report.md; the page is evidence/bench/report.html"
 
+benchmarks: $(STAMP) ## docs/benchmarks.md: every backend without a GPU over four step counts, half an hour; continues after a stop
+	$(BIN)/dpctl run examples/benchmarks.toml --out benchmarks
+	mkdir -p docs/benchmarks
+	cp benchmarks/bench/bench.json benchmarks/bench/*.md benchmarks/bench/*.png benchmarks/bench/*.svg docs/benchmarks/
+	sed -i 's#$(CURDIR)/##g; s#$(HOME)/#~/#g' docs/benchmarks/*.json docs/benchmarks/*.md
+
 rounds: $(STAMP) ## a cut to 20 % of the MACs in one and in three rounds, with compensation and without; half an hour, continues
 	mkdir -p rounds
 	for name in one-cut rounds; do
@@ -101,6 +107,9 @@ bench: $(STAMP) ## measure the demo's models again
 
 bench-scoring: $(STAMP) ## scoring against a full pass over the timesteps: time, agreement, memory; about half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_scoring.py
+
+bench-train: $(STAMP) ## a training step against a plain diffusers loop: time and memory; two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_train.py
 
 reference: $(STAMP) ## make the embedded reference again (hours; needs Debian's dataset-fashion-mnist); continues after a stop
 	$(BIN)/python -m dpctl.reference.make images

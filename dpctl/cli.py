@@ -9,13 +9,11 @@ from typing import Annotated
 
 import typer
 
-from dpctl import cli_bench, cli_train, options, progress
+from dpctl import cli_bench, cli_export, cli_train, options, progress
 from dpctl.errors import DpctlError, StoppedError
 from dpctl.printing import console, print_json, print_report
 from dpctl.recipe import (
     ChainRecipe,
-    EngineRecipe,
-    ExportRecipe,
     PruneRecipe,
     read_recipe,
 )
@@ -28,8 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PRUNE, EXPORT = PruneRecipe(), ExportRecipe()
-ENGINE = EngineRecipe()
+PRUNE = PruneRecipe()
 
 
 @app.command()
@@ -82,61 +79,7 @@ app.command()(cli_train.finetune)
 app.command()(cli_train.train)
 
 
-@app.command()
-def export(
-    context: typer.Context,
-    model: options.ModelArgument,
-    out: options.Out,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16, written into the graph.")] = EXPORT.precision,
-    batch: Annotated[
-        str, typer.Option(help="MIN,OPT,MAX of images at a time; guidance doubles the UNet's batch.")
-    ] = "1,8,64",
-    dynamic_size: options.DynamicSize = None,
-    components: options.Components = False,
-    keep_failed: options.KeepFailed = False,
-    trt: options.Trt = False,
-    trt_flavor: options.TrtFlavor = ENGINE.flavor,
-    compute_capability: options.ComputeCapability = None,
-    workspace: options.Workspace = None,
-    optimization_level: options.OptimizationLevel = None,
-    version_compatible: options.VersionCompatible = False,
-    hardware_compatible: options.HardwareCompatible = False,
-    refit: options.Refit = False,
-    tf32: options.Tf32 = False,
-    force: options.Force = False,
-    json_: options.Json = False,
-) -> None:
-    """Export a model to ONNX and check it against torch; a breach of tolerance exits 3 and leaves nothing."""
-    engine = options.engine(
-        trt,
-        flavor=trt_flavor,
-        compute_capability=compute_capability,
-        workspace_gib=workspace,
-        optimization_level=optimization_level,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        refit=refit,
-        tf32=tf32,
-    )
-    recipe = ExportRecipe(
-        precision=precision,
-        batch=options.three(batch, "--batch"),
-        size=options.three(dynamic_size, "--dynamic-size") if dynamic_size is not None else None,
-        components=components,
-        engine=engine,
-    )
-    from dpctl import inspect
-    from dpctl.models import load_model, resolve
-    from export.engines import export_engine, is_exported
-    from export.to_onnx import export_model
-
-    if engine is not None and is_exported(model):
-        options.refuse_decided(context, model)
-        manifest = export_engine(resolve(model), out, engine, force=force, bar=progress.bar)
-        print_report(inspect.report(manifest, out), json_)
-        return
-    manifest = export_model(load_model(model), out, recipe, force=force, keep_failed=keep_failed, bar=progress.bar)
-    print_report(inspect.report(manifest, out), json_)
+app.command()(cli_export.export)
 
 
 @app.command()

@@ -20,7 +20,7 @@ def bench(
     backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = ",".join(BENCH.backends),
     batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
     num_inference_steps: Annotated[str, typer.Option(help="Sampling steps, comma-separated.")] = "20",
-    precision: Annotated[str, typer.Option(help="Of what is exported here: fp32, fp16 or bf16.")] = BENCH.precision,
+    precision: Annotated[str, typer.Option(help="Of every network: fp32, fp16 or bf16.")] = BENCH.precision,
     baselines: options.Baselines = "eager,compiled,deepcache",
     fewer_steps: options.FewerSteps = BENCH.fewer_steps,
     scheduler: options.SchedulerOption = BENCH.scheduler,

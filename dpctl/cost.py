@@ -5,6 +5,7 @@ products of attention beside them. (torch's FlopCounterMode counts attention as 
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,13 @@ def without_weights(unet: Any) -> Any:
 
 def macs(unet: Any) -> Macs:
     """Count the MACs of one forward pass at batch 1 at the model's own size."""
-    where = positions(unet)
-    return Macs(linear=sum(_linear(unet, where).values()), attention=sum(_attention(unet, where).values()))
+    return total(macs_by_module(unet))
+
+
+def total(by_module: Mapping[str, int]) -> Macs:
+    """Return the sums of `macs_by_module`: an attention block is known by the layers that it holds."""
+    attention = sum(n for name, n in by_module.items() if f"{name}.to_q" in by_module)
+    return Macs(linear=sum(by_module.values()) - attention, attention=attention)
 
 
 def macs_by_module(unet: Any) -> dict[str, int]:
@@ -109,9 +115,9 @@ def example_inputs(unet: Any, batch: int = 1) -> dict[str, Tensor]:
     return inputs
 
 
-def stats(unet: Any) -> dict[str, int]:
-    """Return params, macs and attention_macs as the manifest keeps them."""
-    counted = macs(unet)
+def stats(unet: Any, by_module: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return params, macs and attention_macs as the manifest keeps them; `by_module` saves counting them again."""
+    counted = total(macs_by_module(unet) if by_module is None else by_module)
     return {"params": parameters(unet), "macs": counted.linear, "attention_macs": counted.attention}
 
 

@@ -22,6 +22,7 @@ REFERENCE = Path(__file__).parent / "reference" / "model"
 INDEX = "model_index.json"
 DECODERS = ("vae", "vqvae")  # their entries in it
 LOSSES = "losses.json"  # of every step of a training, beside what it trained
+PROGRESS = "progress.png"  # its sample sheets
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -241,7 +242,7 @@ def copy_components(source: Path, target: Path) -> None:
     if not (source / INDEX).is_file():
         return
     for path in sorted(source.iterdir()):
-        if path.name in ("unet", MANIFEST, LOSSES) or path.name.startswith("."):
+        if path.name in ("unet", MANIFEST, LOSSES, PROGRESS) or path.name.startswith("."):
             continue
         if path.is_dir():
             shutil.copytree(path, target / path.name)

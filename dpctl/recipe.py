@@ -200,7 +200,7 @@ class BenchRecipe:
 
     * `baselines`: backends that only the baseline is measured on, beside `backends`: what else could be done with it.
     * `fewer_steps`: measure the baseline also with so few steps that it takes a candidate's time.
-    * `precision`: of what is exported for the measurement.
+    * `precision`: of the networks, in torch and in what is exported for the measurement.
     * `features`: an ONNX network for FID and KID; the embedded one without.
     * `real_images`: images that it compares with, or the `.npz` of statistics that an earlier run made of them.
     * `clip`: a directory with the CLIP model that compares pictures and prompts.

@@ -56,6 +56,7 @@ def sample_bytes(directory: Path, wish: Wish, bar: progress.Bar = progress.no_ba
     import torch
 
     from dpctl.bench.painter import open_painter
+    from dpctl.data import to_bytes
 
     manifest = artifact.read_manifest(directory)
     exported = manifest is not None and manifest.kind == "exported"
@@ -69,11 +70,6 @@ def sample_bytes(directory: Path, wish: Wish, bar: progress.Bar = progress.no_ba
             parts.append(painter.paint(indices, wish.num_inference_steps))
             advance(len(indices))
     return to_bytes(torch.cat(parts))
-
-
-def to_bytes(images: Any) -> Any:
-    """Turn images [N, C, H, W] in [-1, 1] into bytes [N, H, W, C]."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(images: Any, columns: int | None = None) -> Any:

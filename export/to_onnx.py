@@ -40,35 +40,46 @@ def export_model(
     recipe = recipe or ExportRecipe()
     check(recipe)
     recipe = engines.chosen(recipe)
+    with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
+        manifest, failure = fill(directory, model, out, recipe, advance)
+        if failure is not None and not keep_failed:
+            raise failure
+        if recipe.engine is not None and failure is None:
+            del model  # a builder needs memory for itself
+            release()
+            manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
+    if failure is not None:
+        raise failure
+    return manifest
+
+
+def fill(
+    directory: Path, model: Model, out: Path, recipe: ExportRecipe, advance: progress.Advance = progress.silent
+) -> tuple[Manifest, GateError | None]:
+    """Export `model` into an empty directory that is to become `out`; return its manifest and what the gate says.
+
+    `recipe` is checked and has the flavor of its engine chosen, which is not built here. Raises a DpctlError for what
+    cannot be exported.
+    """
     require()
     config = {**model.unet.config, "_class_name": type(model.unet).__name__}
     signature = of_unet(config, rows_of(config, recipe.batch), recipe.size)
     network = Network(model.unet).eval()
     # Loaded first: what is wrong with them costs no export.
     others = load_components(model, signature, recipe.batch) if recipe.components else []
-    with artifact.writing(out, force=force) as directory, bar("export", 4 if recipe.engine else 3) as advance:
-        write_components(model, directory)
-        graph = directory / "unet" / f"model.{recipe.precision}.onnx"
-        told = write_graph(network, signature, graph, {"parent_digest": model.digest}, recipe.precision)
-        parts = export_components(others, model.digest, directory)
-        release()
-        advance(1)
-        made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
-        golden.store(directory, made)
-        manifest = _recorded(directory, model, recipe, signature, told, parts)
-        advance(1)
-        manifest = _checked(directory, manifest, model, network)
-        advance(1)
-        failure = _breach(manifest, out)
-        if failure is not None and not keep_failed:
-            raise failure
-        if recipe.engine is not None and failure is None:
-            del model, network, made, others  # a builder needs memory for itself
-            release()
-            manifest = engines.add_engine(directory, manifest, recipe.engine, advance)
-    if failure is not None:
-        raise failure
-    return manifest
+    write_components(model, directory)
+    graph = directory / "unet" / f"model.{recipe.precision}.onnx"
+    told = write_graph(network, signature, graph, {"parent_digest": model.digest}, recipe.precision)
+    parts = export_components(others, model.digest, directory)
+    release()
+    advance(1)
+    made = golden.make(network, EagerDenoiser(model.unet), model.scheduler, signature)
+    golden.store(directory, made)
+    manifest = _recorded(directory, model, recipe, signature, told, parts)
+    advance(1)
+    manifest = _checked(directory, manifest, model, network)
+    advance(1)
+    return manifest, _breach(manifest, out)
 
 
 def _recorded(

@@ -62,6 +62,13 @@ def memory_used(device: torch.device) -> dict[str, int]:
     return used
 
 
+def begin(denoiser: Denoiser) -> None:
+    """Say that another trajectory begins, to a denoiser that keeps something from one call to the next."""
+    restart = getattr(denoiser, "restart", None)
+    if restart is not None:
+        restart()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until everything given to `device` is done."""
     if device.type == "cuda":

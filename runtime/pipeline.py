@@ -4,6 +4,8 @@ The network runs on its backend. Tokenizers, text encoders, VAE and scheduler ar
 float32 and on the backend's device; the graphs that `dpctl export --components` writes are for use without torch.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from dpctl.errors import DpctlError
 from dpctl.pipelines import UNLOADABLE, cannot_be_loaded
-from runtime.denoiser import Denoiser
+from runtime.denoiser import Denoiser, begin
 from runtime.noise import image_generators
 
 # Of `added_cond_kwargs`: what the signature names. `image_embeds` and the like belong to IP-Adapter.
@@ -135,11 +137,35 @@ def assemble(kind: Any, directory: Path, unet: DenoiserUNet) -> Any:
         # Built again with the network: constructors read the size of images from its config.
         _, options = kind._get_signature_keys(parts)
         kept = {name: parts.config[name] for name in options if name in parts.config}
-        pipe = kind(**{**parts.components, "unet": unet}, **kept)
+        pipe = _seeded(kind)(**{**parts.components, "unet": unet}, **kept)
     except UNLOADABLE as problem:
         raise cannot_be_loaded(directory, problem) from None
     pipe.register_to_config(_name_or_path=str(directory))
     return pipe.to(unet.device)
+
+
+def _seeded(kind: Any) -> Any:
+    """Return the class, or one whose calls hand their generator to the scheduler where the pipeline itself does not.
+
+    Latent diffusion draws its first noise with it, but what a scheduler adds would come from torch's global state.
+    """
+    if not kind.__name__.startswith("LDM"):
+        return kind
+    call = kind.__call__
+
+    @functools.wraps(call)
+    def seeded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generator = inspect.signature(call).bind(self, *args, **kwargs).arguments.get("generator")
+        scheduler = self.scheduler
+        if generator is None or "generator" not in inspect.signature(scheduler.step).parameters:
+            return call(self, *args, **kwargs)
+        scheduler.step = functools.partial(scheduler.step, generator=generator)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            del scheduler.step
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "__call__": seeded})
 
 
 def draw_images(
@@ -162,6 +188,7 @@ def draw_images(
     try:
         # Latent diffusion scales its noise before it says how many steps there are: the last call's would count.
         pipe.scheduler.set_timesteps(num_inference_steps)
+        begin(pipe.unet.denoiser)
         found = pipe(**asked, generator=image_generators(seed, indices)).images
     except ValueError as problem:  # how diffusers tells of steps and sizes that it cannot take
         got = f"{type(pipe).__name__}: {problem}"

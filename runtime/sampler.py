@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpctl.errors import DpctlError
 from dpctl.signature import sample_size
-from runtime.denoiser import Denoiser
+from runtime.denoiser import Denoiser, begin
 from runtime.noise import initial_noise, step_generators
 
 
@@ -46,6 +46,7 @@ def sample(
     if "generator" in inspect.signature(scheduler.step).parameters:
         random["generator"] = step_generators(seed, indices)
 
+    begin(denoiser)
     with torch.inference_mode():
         x_t = initial_noise(seed, indices, shape).to(device) * scheduler.init_noise_sigma
         for i, t in enumerate(steps):

@@ -4,6 +4,7 @@ A subject is one model on one backend. Its process is fresh: the memory pass com
 subject in the same round draws the same images, then the samples that the quality is judged by.
 """
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def run_bench(
         command=typed_command(),
         recipe=to_dict(recipe),
         threads=threads,
-        environment=environment.describe() | measurement.around | {"samples_drawn_by": processes.drawn},
+        environment=surroundings(measurement, processes),
         features=space.description if space is not None and samples else None,
         models=models,
         subjects=tuple(run.subject() for run in runs),
@@ -104,6 +105,14 @@ def draw(
         return []
 
 
+def surroundings(measurement: Measurement, processes: drawing.Crew) -> dict[str, Any]:
+    """Return the machine and what it did meanwhile, who drew the samples, and a digest of what the prompts say."""
+    found = environment.describe() | measurement.around | {"samples_drawn_by": processes.drawn}
+    if measurement.prompts:
+        found["prompts_digest"] = hashlib.sha256("\n".join(measurement.prompts).encode()).hexdigest()
+    return found
+
+
 def check(recipe: BenchRecipe) -> None:
     """Raise a DpctlError for unknown names and for numbers that cannot be measured with."""
     lists = {
@@ -130,14 +139,10 @@ def check(recipe: BenchRecipe) -> None:
 
 
 def check_precision(recipe: BenchRecipe) -> None:
-    """Raise a DpctlError for a precision that nothing can be exported in, and where nothing would be exported."""
+    """Raise a DpctlError for a precision that no backend knows."""
     from export.to_onnx import check as check_export
 
     check_export(ExportRecipe(precision=recipe.precision))
-    exported = any(registry.load(BACKENDS, backend, "backend").RUNS_EXPORTED for backend in recipe.backends)
-    if recipe.precision != "fp32" and not exported:
-        got = f"{recipe.precision} for {', '.join(recipe.backends)}, which run the weights as they are"
-        raise DpctlError("the precision is that of exports, and none is measured", got, "add a backend such as ort")
 
 
 def nothing_measured(runs: Sequence[Run]) -> DpctlError:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from dpctl import progress
+from dpctl import progress, registry
 from dpctl.bench import stability, subjects
 from dpctl.bench.front import equal_latency_steps
 from dpctl.bench.process import QUIET, Worker
 from dpctl.bench.result import Condition, FewerSteps, Memory, Subject, Turn
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe
+from runtime import BACKENDS
 from runtime.layers import LayerTime, layer_times
 
 # Turns of the warm-up: until two in a row take about the same time, but not for ever.
@@ -52,6 +53,9 @@ class Run:
         """
         asked = {"directory": str(self.entry.directory.absolute()), "backend": self.entry.backend}
         drawn = {"scheduler": recipe.scheduler, "prompts": list(prompts), "guidance_scale": recipe.guidance_scale}
+        # What was exported has its precision.
+        exported = registry.load(BACKENDS, self.entry.backend, "backend").RUNS_EXPORTED
+        drawn["precision"] = None if exported else recipe.precision
         self.opening = asked | drawn | {"threads": threads, "seed": recipe.seed}
         self.opened = self.ask("open", **self.opening) or {}
         sizes, few = sorted(recipe.batch_sizes), min(recipe.num_inference_steps)

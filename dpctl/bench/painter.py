@@ -211,19 +211,22 @@ def open_painter(
     prompts: Sequence[str] = (),
     guidance_scale: float | None = None,
     device: str | None = None,
+    precision: str | None = None,
 ) -> Painter:
     """Open a model directory on a backend to draw images: a pipeline with a VAE as a whole, else the network.
 
-    Raises a DpctlError for what the backend cannot open, and for prompts where none or some are wanted.
+    `precision` is the network's, where the backend runs weights. Raises a DpctlError for what the backend cannot open,
+    and for prompts where none or some are wanted.
     """
     check_prompts(directory, prompts, guidance_scale)
+    asked: dict[str, Any] = {"threads": threads, "device": device, "precision": precision}
     if decoder_of(directory) is not None:
         hide_progress()
-        pipe = load_pipeline(directory, backend, threads=threads, device=device, scheduler=scheduler)
+        pipe = load_pipeline(directory, backend, **asked, scheduler=scheduler)
         pipe.set_progress_bar_config(disable=True)
         return PipelinePainter(pipe, seed, prompts, guidance_scale)
     planned = make_scheduler(scheduler, load_scheduler(directory).config)
-    return PixelPainter(open_denoiser(directory, backend, threads=threads, device=device).__enter__(), planned, seed)
+    return PixelPainter(open_denoiser(directory, backend, **asked).__enter__(), planned, seed)
 
 
 def require(directory: Path, backend: str) -> None:

@@ -159,6 +159,9 @@ def facts(result: BenchResult) -> dict[str, Any]:
         "the baseline's digest": result.baseline.digest,
         "scheduler": result.recipe.get("scheduler"),
         "guidance scale": result.recipe.get("guidance_scale"),
+        # What they say counts, and not where they stand.
+        "prompts": environment.get("prompts_digest") or result.recipe.get("prompts"),
+        "precision": result.recipe.get("precision", "fp32"),
         "threads": result.threads,
         **{name: environment.get(name) for name in MACHINE},
         "Python": python,

@@ -87,10 +87,11 @@ def _describe(name: str, source: str, directory: Path) -> Model:
     manifest = artifact.read_manifest(directory)
     if manifest is not None and {"params", "macs", "attention_macs"} <= manifest.stats.keys():
         artifact.verify_files(directory, manifest)
-        stats, digest = manifest.stats, manifest.digest
+        stats, digest, by_module = manifest.stats, manifest.digest, _module_macs(directory)
     else:
         loaded = load_model(directory)
-        stats, digest = cost.stats(loaded.unet), loaded.digest
+        by_module = cost.macs_by_module(loaded.unet)
+        stats, digest = cost.stats(loaded.unet, by_module), loaded.digest
     return Model(
         name=name,
         source=source,
@@ -103,7 +104,7 @@ def _describe(name: str, source: str, directory: Path) -> Model:
         lineage=() if manifest is None else _lineage(manifest),
         widths={name: tuple(pair) for name, pair in stats.get("widths", {}).items()},
         sensitivity=stats.get("sensitivity"),
-        module_macs=_module_macs(directory),
+        module_macs=by_module,
     )
 
 

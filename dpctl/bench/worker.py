@@ -19,6 +19,7 @@ from dpctl import registry
 from dpctl.bench import painter
 from dpctl.bench.gpu import Meter
 from dpctl.bench.light import peak_flops
+from dpctl.data import to_bytes
 from dpctl.errors import DpctlError
 from runtime import BACKENDS
 from runtime.denoiser import memory_used
@@ -29,15 +30,17 @@ CPU = torch.device("cpu")
 class Subject:
     """An open model on its backend, and what can be asked of it; every answer is plain JSON."""
 
-    def __init__(self, directory: str, backend: str, threads: int, **asked: Any) -> None:
+    def __init__(self, directory: str, backend: str, threads: int, precision: str | None = None, **asked: Any) -> None:
         self._directory, self._backend, self._threads = Path(directory), backend, threads
+        self._precision = precision
         painter.require(self._directory, backend)
         torch.set_num_threads(threads)
         self._base = memory_used(CPU)["resident_bytes"]
         self._device_base = device_memory()
         reset = reset_peak()
         began = time.perf_counter()
-        self._painter = painter.open_painter(self._directory, backend, threads=threads, **asked)
+        asked |= {"threads": threads, "precision": precision}
+        self._painter = painter.open_painter(self._directory, backend, **asked)
         self._denoiser = self._painter.denoiser
         self._meter = Meter(self._denoiser.device)
         self.opened = {
@@ -86,7 +89,7 @@ class Subject:
     def draw(self, start: int, stop: int, num_inference_steps: int, file: str) -> dict[str, Any]:
         """Draw the samples from `start` to `stop` and save them as bytes [N, H, W, C] (.npy)."""
         images = self._painter.paint(range(start, stop), num_inference_steps)
-        np.save(file, ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
+        np.save(file, to_bytes(images), allow_pickle=False)
         return {}
 
     def profile(self, batch_size: int, runs: int) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Subject:
         """
         take = getattr(registry.load(BACKENDS, self._backend, "backend"), "profile", None)
         asked: dict[str, Any] = {"threads": self._threads, "batch_size": batch_size, "runs": runs}
+        asked |= {} if self._precision is None else {"precision": self._precision}
         layers = take(self._directory, device=str(self._denoiser.device), **asked) if take is not None else None
         return {"layers": None if layers is None else [asdict(layer) for layer in layers]}
 

@@ -96,7 +96,7 @@ class DecodedImages(Source):
     def _picture(self, index: int) -> Image.Image:
         """Return an image, upright, of mode L or RGB."""
         with self._open(index) as image:
-            return _upright(image, _to_bytes(image).convert("L" if self._channels == 1 else "RGB"))
+            return _upright(image, _in_8_bits(image).convert("L" if self._channels == 1 else "RGB"))
 
     def _open(self, index: int) -> Image.Image:
         raise NotImplementedError
@@ -138,7 +138,7 @@ def _upright(image: Image.Image, picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _to_bytes(image: Image.Image) -> Image.Image:
+def _in_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bit, which Pillow would clip to white; refuse pixels whose range is not known."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))

@@ -139,6 +139,11 @@ def _is_class(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < 2**31
 
 
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Return images [N, C, H, W] in [-1, 1] as bytes [N, H, W, C]; what lies outside is clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def to_float(pixels: Tensor) -> Tensor:
     """Return bytes as float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1.0)

@@ -16,8 +16,10 @@ from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.models import (
     LOSSES,
+    PROGRESS,
     Model,
     build_unet,
+    decoder_of,
     load_model,
     read_config,
     resolve,
@@ -58,11 +60,13 @@ def train(
     """
     import diffusers
 
+    from dpctl.finetune import sheets
     from dpctl.finetune.loss import Objective
 
     check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
+    sheets.check(unet.config, None, recipe.sample_every)
     scheduler = diffusers.DDPMScheduler()
     objective = Objective(scheduler, min_snr_gamma=recipe.min_snr_gamma)
     state = _loop(unet, objective, open_pixels(unet, recipe), recipe, out, start, None, bar)
@@ -70,7 +74,7 @@ def train(
         return None
     with artifact.writing(out, force=force) as directory:
         write_pipeline(directory, unet=unet, scheduler=scheduler)
-        manifest = _finish(directory, unet, state, kind="trained", recipe=to_dict(recipe))
+        manifest = _finish(directory, out, unet, state, kind="trained", recipe=to_dict(recipe))
     checkpoint.clear(checkpoint.folder_for(out))
     return manifest
 
@@ -90,11 +94,13 @@ def finetune(
     of distillation are 0. Returns and raises as `train` does; a DpctlError also for a teacher that is missing or does
     not match.
     """
+    from dpctl.finetune import sheets
     from dpctl.finetune.loss import open_objective
 
     check(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     source = load_model(model)
+    sheets.check(source.unet.config, decoder_of(source.directory), recipe.sample_every)
     if start is not None:
         checkpoint.require_same_parent(start, source.digest, checkpoint.folder_for(out))
     teacher = _teacher(source, recipe)
@@ -111,7 +117,7 @@ def finetune(
         if objective.features is not None and objective.features.by_map:
             inherited["features_by_map"] = list(objective.features.by_map)
         entries = artifact.descent(source.manifest, source.digest, source.source)
-        manifest = _finish(directory, unet, state, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
+        manifest = _finish(directory, out, unet, state, inherited, kind="finetuned", recipe=to_dict(recipe), **entries)
     checkpoint.clear(checkpoint.folder_for(out))
     return manifest
 
@@ -126,6 +132,7 @@ def _loop(
     parent: str | None,
     bar: progress.Bar,
 ) -> Any:
+    from dpctl.data.decoded import say
     from dpctl.finetune.loop import train as train_loop
     from dpctl.finetune.processes import open_accelerator
 
@@ -149,6 +156,7 @@ def _loop(
             start=start,
             parent=parent,
             advance=advance,
+            say=None if bar is progress.no_bar else say,
         )
 
 
@@ -297,8 +305,12 @@ def _inherited(source: Model) -> dict[str, Any]:
 
 
 def _finish(
-    directory: Path, unet: Any, state: Any, inherited: dict[str, Any] | None = None, **entries: Any
+    directory: Path, out: Path, unet: Any, state: Any, inherited: dict[str, Any] | None = None, **entries: Any
 ) -> Manifest:
+    from dpctl.finetune import sheets
+
+    if (strip := sheets.strip(checkpoint.folder_for(out), unet.config)) is not None:
+        strip.save(directory / PROGRESS)
     losses: list[float] = state.losses
     (directory / LOSSES).write_text(json.dumps([round(loss, 6) for loss in losses]) + "\n", encoding="utf-8")
     last = losses[-50:]

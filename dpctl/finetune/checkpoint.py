@@ -21,6 +21,7 @@ from dpctl.errors import DpctlError
 from dpctl.recipe import decisive
 
 KEEP = 2
+SHEETS = "samples"  # the folder of the sample sheets, among the checkpoints
 HEADER = ("step", "recipe", "losses", "parent", "validated")
 
 
@@ -93,8 +94,12 @@ def writing(folder: Path, keep: int) -> Iterator[Writer]:
 
 
 def clear(folder: Path) -> None:
-    """Remove the checkpoints in `folder`, and the folder if nothing else is in it."""
+    """Remove the checkpoints and sample sheets in `folder`, and the folder if nothing else is in it."""
+    sheets = folder / SHEETS
     with no_space_left_explained(folder):
+        for path in (*sheets.glob("step-*.png"), *sheets.glob("step-*.writing")):
+            path.unlink(missing_ok=True)
+        _remove_if_empty(sheets)
         for path in (*folder.glob("step-*.safetensors"), *folder.glob("step-*.writing")):
             path.unlink(missing_ok=True)
         _remove_if_empty(folder)

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from dpctl import progress
-from dpctl.data import cache, read_prompts
+from dpctl.data import cache, read_prompts, to_bytes
 from dpctl.data.latents import own_device, release
 from dpctl.data.text import require_readable
 from dpctl.errors import DpctlError
@@ -71,9 +72,9 @@ def _draw_missing(
     left = sum(map(len, missing))
     with _opened(teacher, recipe, prompts) as paint, bar("draw", recipe.drawn, done=recipe.drawn - left) as advance:
         for position, batch in enumerate(missing):
-            images = paint(batch)
+            images = to_bytes(paint(batch))
             if position == 0:  # a PNG is hardly ever larger than its pixels
-                cache.require_space(making, out, left * images[0].numel(), f"at most, {what}")
+                cache.require_space(making, out, left * images[0].nbytes, f"at most, {what}")
             for number, image in zip(batch, images, strict=True):
                 _save(image, making / _name(number))
             advance(len(batch))
@@ -126,9 +127,8 @@ def _name(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def _save(image: Tensor, path: Path) -> None:
-    """Write an image [C, H, W] in [-1, 1] as a PNG that is whole or not there."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+def _save(pixels: np.ndarray, path: Path) -> None:
+    """Write bytes [H, W, C] as a PNG that is whole or not there."""
     written = path.with_suffix(".new")
     with written.open("wb") as stream:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, "png")

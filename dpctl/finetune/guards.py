@@ -59,10 +59,21 @@ def memory_explained(recipe: LoopRecipe, processes: int) -> Iterator[None]:
             raise
         images = -(-recipe.batch_size // (processes * recipe.accumulation))
         got = f"{images} images at a time: {str(problem).splitlines()[0]}"
-        more = f"--accumulation {2 * recipe.accumulation}, which changes nothing else" if images > 1 else ""
-        rest = "--gradient-checkpointing, --ema-on-cpu, --optimizer adamw-8bit"
-        todo = ", then ".join(filter(None, (more, rest)))
+        todo = ", then ".join(less_memory(recipe, processes, images // 2))
         raise DpctlError("memory does not suffice for a training step", got, f"try {todo}") from None
+
+
+def less_memory(recipe: LoopRecipe, processes: int, fits: int) -> list[str]:
+    """Return the options that save memory, those first that change nothing else; `fits` images do at a time."""
+    ours = -(-recipe.batch_size // processes)
+    parts = -(-ours // max(1, fits))
+    # Parts are as equal as can be: the largest is rounded up.
+    found = [f"--accumulation {parts}, which changes nothing else"] if recipe.accumulation < parts <= ours else []
+    rest = {
+        "--gradient-checkpointing": recipe.gradient_checkpointing,
+        "--ema-on-cpu": recipe.ema_on_cpu,
+    }
+    return found + [option for option, chosen in rest.items() if not chosen]
 
 
 def require_finite(loss: float, norm: float, scaled: bool, step: int, recipe: LoopRecipe, folder: Path) -> None:

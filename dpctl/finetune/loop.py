@@ -7,6 +7,7 @@ everything else.
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from dpctl import progress
 from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, sample_generator
 from dpctl.errors import StoppedError
-from dpctl.finetune import checkpoint, guards, processes, validation
+from dpctl.finetune import checkpoint, estimate, guards, processes, sheets, validation
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
+from dpctl.finetune.meter import Meter
 from dpctl.finetune.state import Ema, State
 from dpctl.finetune.timesteps import make_timesteps
 from dpctl.recipe import LoopRecipe, to_dict
@@ -37,12 +39,14 @@ def train(
     start: Checkpoint | None = None,
     parent: str | None = None,
     advance: progress.Advance = progress.silent,
+    say: Callable[[str], None] | None = None,
 ) -> State:
     """Train `unet` in place and return the state at the end; in the main process `unet` has the averaged weights then.
 
     `folder` receives the checkpoints, which name `parent`, the digest of the model that `unet` is; `start` is the one
-    to go on from. Raises a DpctlError when loss or gradient are no longer finite, the loss runs away or memory is short
-    (the last good checkpoint is kept), and StoppedError after a signal that asked for an end.
+    to go on from; `say` is told what the training will take. Raises a DpctlError when loss or gradient are no longer
+    finite, the loss runs away or memory is short (the last good checkpoint is kept), and StoppedError after a signal
+    that asked for an end.
     """
     split = Split(recipe.batch_size, recipe.accumulation, accelerator.process_index, accelerator.num_processes)
     draws, parts = Draws(examples, recipe), split.parts()
@@ -53,6 +57,10 @@ def train(
     validate = validation.Validation(
         examples, held_out, objective.scheduler, first_timestep(unet), recipe.batch_size, recipe.seed
     )
+
+    pictures = sheets.open_sheets(objective, recipe, folder)
+    estimate.tell(state, objective, draws, recipe, accelerator, say)
+    meter = Meter(recipe.batch_size, accelerator.device, share=split.processes)
 
     with (
         guards.listening() as asked,
@@ -76,12 +84,14 @@ def train(
                 rows = slice(part.start, part.stop)
                 together = contextlib.nullcontext() if part.last else accelerator.no_sync(model)
                 with together, accelerator.autocast():
-                    losses_here = objective(
+                    terms = objective.terms(
                         model, batch.to(accelerator.device), noise.to(accelerator.device), timesteps[rows]
                     )
+                    losses_here = objective.total(terms)
                     mean = (losses_here * weights[rows]).sum() / recipe.batch_size
                     accelerator.backward(mean * split.processes)
                 losses[rows] = losses_here.detach()
+                meter.add(terms, weights[rows])
             norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.gradient_clip))
 
             # What all processes have to know of one another: every sample's loss, and who was asked to stop.
@@ -98,9 +108,10 @@ def train(
 
             # Judge, keep, stop.
             done = _is_done(state, validate, recipe, accelerator, folder)
+            pictures.draw(state, done=done)
             if not done and state.ema is not None and _wants_checkpoint(state, recipe, stop):
                 writer.save(state.checkpoint(to_dict(recipe), parent))
-            advance(1, loss=state.losses[-1], grad_norm=norm)
+            advance(1, loss=state.losses[-1], **meter.parts(), grad_norm=norm, **meter.speed())
             if done:
                 break
             if stop:

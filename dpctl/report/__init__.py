@@ -35,12 +35,15 @@ def table(result: BenchResult) -> Any:
 def write_report(result: BenchResult, out: Path) -> None:
     """Write report.md (with its pictures beside it) and the self-contained report.html into `out`."""
     sheets = charts.sheets(result, out)
+    strips = charts.strips(result, out)
     drawings = measured.drawings(result)
     networks = architecture.drawings(result)
     for name, drawing in (drawings | networks).items():
         (out / name).write_text(drawing.svg, encoding="utf-8")
     for name, sheet in sheets.items():
         (out / name).write_bytes(charts.png(sheet.whole))
+    for name, strip in strips.items():
+        (out / name).write_bytes(strip.png)
     told = {
         "result": result,
         "title": page.title(result),
@@ -49,6 +52,7 @@ def write_report(result: BenchResult, out: Path) -> None:
         "labels": page.labels(result),
         "tables": tables.tables(result, lagging(result)),
         "sheets": sheets,
+        "strips": strips,
         "drawings": drawings,
         "networks": networks,
         "lineage": tables.lineage(result),

@@ -12,6 +12,7 @@ import numpy as np
 
 from dpctl.bench.quality import load_samples
 from dpctl.bench.result import BenchResult, Quality, Row, Subject
+from dpctl.models import PROGRESS
 from dpctl.report.tables import instead_of
 
 # Stands for the page's own text colour: matplotlib cannot write `currentColor`.
@@ -59,6 +60,16 @@ class Sheet:
         return self.whole.shape[1] // len(self.strips[0].uris) > LARGE
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The sample sheets of one model's training below one another: a PNG file, and as a data URI for the page."""
+
+    model: str
+    label: str
+    uri: str
+    png: bytes
+
+
 def sheets(result: BenchResult, out: Path) -> dict[str, Sheet]:
     """Return file name -> sheet for each number of steps whose samples lie in `out`."""
     found = {}
@@ -68,6 +79,23 @@ def sheets(result: BenchResult, out: Path) -> dict[str, Sheet]:
             strips = tuple(Strip(name, tuple(map(data_uri, images))) for name, images in drawn.items())
             rows = [np.pad(row(images), ((0, 4), (0, 0), (0, 0)), constant_values=255) for images in drawn.values()]
             found[f"samples-{steps}-steps.png"] = Sheet(steps, strips, np.concatenate(rows))
+    return found
+
+
+def strips(result: BenchResult, out: Path) -> dict[str, Progress]:
+    """Return file name -> what a candidate's training drew, of those that were trained with sample sheets.
+
+    An earlier report in `out` has the picture where the model is no longer.
+    """
+    found = {}
+    for position, model in enumerate(result.models[1:], start=1):
+        name = f"progress-{position}.png"
+        path = next((p for p in (Path(model.source) / PROGRESS, out / name) if p.is_file()), None)
+        if path is not None:
+            data = path.read_bytes()
+            uri = "data:image/png;base64," + base64.b64encode(data).decode()
+            label = f"samples of {model.name} while it was trained, from the same noise: a row each, the last one below"
+            found[name] = Progress(model.name, label, uri, data)
     return found
 
 

@@ -1,6 +1,6 @@
 """The chart of quality over latency: each subject at its numbers of steps, and the front."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dpctl.report.charts import INK, Drawing
 MARKERS = "osD^vPX*"
 # The distances to real images that may be drawn over the latency: the first that was measured.
 DISTANCES = ("fid", "kid")
+# An axis whose largest value is so many times its smallest one is logarithmic.
+FAR = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ def chart(result: BenchResult) -> Drawing | None:
 
     note = (
         "Each point is a subject at the number of steps beside it: left is faster, low is closer to real images, the "
-        "lines are 95 % intervals. Points with a halo are on the front: none on it is significantly better in one of "
-        "the two and not significantly worse in the other. Hollow points are the baseline with fewer steps, in the "
-        "time of a candidate."
+        "lines are 95 % intervals; where values lie far apart, equal ratios have equal lengths. Points with a halo are "
+        "on the front: none on it is significantly better in one of the two and not significantly worse in the other. "
+        "Hollow points are the baseline with fewer steps, in the time of a candidate."
     )
     return charts.drawn("front", f"{metric} over latency", f"{metric} over latency", note, draw)
 
@@ -110,6 +112,20 @@ def _front(panel: Any, result: BenchResult, found: Sequence[Judged]) -> None:
             hollow, where = point.row.instead_of is not None, (point.point.latency_s.value, point.point.fid.value)
             panel.plot(*where, color=colour, marker=marker, markersize=5, fillstyle="none" if hollow else "full")
             panel.annotate(str(point.row.num_inference_steps), where, (4, 4), textcoords="offset points", fontsize=7)
-    panel.xaxis.set_major_locator(charts.few_ticks())
-    panel.xaxis.set_major_formatter(lambda value, _: units.seconds(value))
+    _scale(panel, "x", [p.point.latency_s.value for p in found], units.seconds)
+    _scale(panel, "y", [p.point.fid.low for p in found], "{:.3g}".format)
     charts.plain(panel, "both")
+
+
+def _scale(panel: Any, which: str, values: Sequence[float], told: Callable[[float], str]) -> None:
+    """Let an axis show ratios where its values spread over several of them: half of the points would be in a corner."""
+    from matplotlib import ticker
+
+    axis = getattr(panel, f"{which}axis")
+    if 0 < FAR * min(values) < max(values):
+        panel.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(ticker.NullLocator())
+    else:
+        axis.set_major_locator(charts.few_ticks())
+    axis.set_major_formatter(lambda value, _: told(value))

@@ -89,12 +89,25 @@ def speed(result: BenchResult) -> Table:
         (*PLACE, *headings, "vs baseline, same backend", "vs baseline, eager"),
         rows,
         f"Medians of paired ratios over {result.recipe['rounds']} rounds, 95 % intervals, {result.threads} thread(s). "
-        f"The last column holds the backend's part and the pruning's together.{_fewer(result)}{_saved(result)}",
+        f"The last column holds the backend's part and the pruning's together."
+        f"{_precisions(result)}{_fewer(result)}{_saved(result)}",
         _marks(result, result.rows),
     )
 
 
 PLACE = ("model", "backend", "batch", "steps")
+
+
+def _precisions(result: BenchResult) -> str:
+    """Say what the networks are in; nothing where all are in float32."""
+    found: dict[str, list[str]] = {}
+    for subject in result.subjects:
+        if subject.turns:
+            found.setdefault(subject.precision, []).append(subject.name)
+    if len(found) == 1:
+        (only,) = found
+        return "" if only == "fp32" else f" All networks are in {only}."
+    return "".join(f" In {precision}: {', '.join(names)}." for precision, names in found.items())
 
 
 def _fewer(result: BenchResult) -> str:

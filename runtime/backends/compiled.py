@@ -32,13 +32,15 @@ class CompiledDenoiser(EagerDenoiser):
         return super()._taken(value, name).contiguous()
 
 
-def open_denoiser(directory: Path, *, threads: int | None = None, device: str | None = None) -> CompiledDenoiser:
+def open_denoiser(
+    directory: Path, *, threads: int | None = None, device: str | None = None, precision: str = "fp32"
+) -> CompiledDenoiser:
     """Load a model directory into PyTorch, to be compiled in the first call; the rest is as in eager.
 
     Raises a DpctlError, before anything is loaded, where there is nothing to compile with.
     """
     require(find_device(device).type)
-    return CompiledDenoiser(eager.load(directory, threads, device))
+    return CompiledDenoiser(eager.load(directory, threads, device, precision))
 
 
 def require(device: str = "cpu") -> None:

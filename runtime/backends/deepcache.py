@@ -6,8 +6,10 @@ sample and timestep, and take what was kept for all that lies deeper (the paper'
 the outputs are not the model's own: it is a baseline for a pruned model, not another way to run the same one.
 
 A new trajectory begins with a whole call. It is noticed by its timestep, where that is not below the last one in every
-row, and by another shape. What cannot be noticed is one that begins below the last timestep of the one before it. A
-scheduler that asks twice at the same timestep (Heun) therefore gets a whole call for the second.
+row, and by another shape; `runtime.sample`, `dpctl sample` and `dpctl bench` say so themselves, by `restart`. Where
+nobody says so, one that begins below the last timestep of the one before it cannot be noticed: after a pipeline's call
+that was broken off, say. A scheduler that asks twice at the same timestep (Heun) therefore gets a whole call for the
+second.
 """
 
 import copy
@@ -42,6 +44,10 @@ class DeepCacheDenoiser(EagerDenoiser):
         super().__init__(unet)
         self._network = DeepCache(unet, interval).eval()
 
+    def restart(self) -> None:
+        """Make the next call a whole one."""
+        self._network.restart()
+
 
 class DeepCache(nn.Module):
     """The whole network and its outermost blocks, of the same weights, and which of them runs next.
@@ -73,6 +79,10 @@ class DeepCache(nn.Module):
         self._last = sample.shape, timestep.clone()
         return output
 
+    def restart(self) -> None:
+        """Forget the trajectory so far."""
+        self._last = None
+
     def _begins(self, sample: Tensor, timestep: Tensor) -> bool:
         """Tell whether a call is the first of a trajectory."""
         if self._last is None:
@@ -97,12 +107,14 @@ class Kept:
         return args, kwargs | {"hidden_states": self.feature}
 
 
-def open_denoiser(directory: Path, *, threads: int | None = None, device: str | None = None) -> DeepCacheDenoiser:
+def open_denoiser(
+    directory: Path, *, threads: int | None = None, device: str | None = None, precision: str = "fp32"
+) -> DeepCacheDenoiser:
     """Load a model directory into PyTorch, as eager does.
 
     Raises a DpctlError for an exported directory, and for a network that has no deep part to leave out.
     """
-    return DeepCacheDenoiser(eager.load(directory, threads, device))
+    return DeepCacheDenoiser(eager.load(directory, threads, device, precision))
 
 
 def shared(unet: Any) -> Any:

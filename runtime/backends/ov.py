@@ -26,6 +26,8 @@ class OvDenoiser:
     The first call of a shape compiles the graph for it: with a dynamic batch it runs slower.
     """
 
+    precision = "fp32"  # as the graph has it: what the plugin computes in may be wider
+
     def __init__(
         self, library: ModuleType, model: Any, signature: Signature, config: Any, options: dict[str, Any]
     ) -> None:
@@ -111,7 +113,9 @@ def open_denoiser(
     model = _read(library, graph_of(directory, manifest))
     _check_tensors(model, signature, directory)
     options = _options(threads or torch.get_num_threads())
-    return OvDenoiser(library, model, signature, FrozenDict(read_config(directory)), options)
+    denoiser = OvDenoiser(library, model, signature, FrozenDict(read_config(directory)), options)
+    denoiser.precision = manifest.recipe.get("precision", denoiser.precision)
+    return denoiser
 
 
 def profile(

@@ -1,5 +1,6 @@
 """Whole images of every kind of model: the images are those of the pipeline, and the times are arithmetic."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -68,6 +69,19 @@ def test_it_paints_what_the_pipeline_draws_timed_or_not(
     assert torch.equal(brush.paint([4, 1], STEPS), images)
     assert len(times.network_latency_s) == len(times.step_latency_s) == STEPS
     brush.close()
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler-ancestral", "lcm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_of_the_scheduler_is_the_images_own(directories: dict[str, Path], kind: str, scheduler: str) -> None:
+    with opened(directories[kind], scheduler=scheduler) as brush:
+        together = brush.paint([0, 1, 2], STEPS)
+        torch.manual_seed(1)  # what others draw does not count
+        backwards = brush.paint([2, 0], STEPS)
+        timed, _ = brush.timed([1], STEPS)
+    torch.testing.assert_close(backwards, together[[2, 0]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(timed, together[[1]], rtol=0, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,6 +264,7 @@ def test_pipelines_are_measured_as_a_whole(directories: dict[str, Path], toy_cli
     result = bench.run_bench(recipe, tmp_path / "out")
     assert read_result(tmp_path / "out/bench.json") == result
     assert [subject.failure for subject in result.subjects] == [None, None]
+    assert result.environment["prompts_digest"] == hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()
     for subject in result.subjects:
         (turn,) = (turn for turn in subject.turns if turn.round == 1)
         assert math.fsum(turn.parts_s.values()) == pytest.approx(turn.latency_s, rel=1e-9)

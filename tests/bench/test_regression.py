@@ -266,8 +266,20 @@ def test_other_schedulers_and_baselines_are_refused(old: BenchResult) -> None:
         compare(old, dataclasses.replace(old, recipe=old.recipe | {"scheduler": "euler"}))
     with pytest.raises(DpctlError, match=r"guidance scale: none in OLD, 2\.0 in NEW"):
         compare(old, dataclasses.replace(old, recipe=old.recipe | {"guidance_scale": 2.0}))
+    with pytest.raises(DpctlError, match="precision: fp32 in OLD, fp16 in NEW"):
+        compare(old, dataclasses.replace(old, recipe=old.recipe | {"precision": "fp16"}))
     with pytest.raises(DpctlError, match="the baseline's digest"):
         compare(old, dataclasses.replace(old, models=(dataclasses.replace(base, digest="other"), candidate)))
+
+
+def test_other_prompts_are_refused_by_what_they_say(old: BenchResult) -> None:
+    def told(digest: str, path: str) -> BenchResult:
+        both = {"environment": old.environment | {"prompts_digest": digest}, "recipe": old.recipe | {"prompts": path}}
+        return dataclasses.replace(old, **both)
+
+    with pytest.raises(DpctlError, match="prompts: 1f in OLD, 2e in NEW"):
+        compare(told("1f", "prompts.txt"), told("2e", "prompts.txt"))
+    assert compare(told("1f", "prompts.txt"), told("1f", "elsewhere.txt")).changes
 
 
 def test_what_may_differ_is_compared(old: BenchResult) -> None:

@@ -13,8 +13,10 @@ from dpctl import bench
 from dpctl.bench import measuring, stability, subjects
 from dpctl.bench.document import read_result
 from dpctl.bench.metrics._features import FeatureSpace
+from dpctl.bench.painter import open_painter
 from dpctl.bench.quality import load_samples
 from dpctl.bench.result import BenchResult, Condition, FewerSteps
+from dpctl.data import to_bytes
 from dpctl.errors import DpctlError
 from dpctl.recipe import BenchRecipe, to_dict
 
@@ -227,13 +229,39 @@ def test_a_batch_beyond_an_export_is_refused_before_it_runs(tiny: Path, exported
     assert [entry.refused is not None and "batches of 64 at most" in entry.refused for entry in entries] == [True]
 
 
-@pytest.mark.parametrize(
-    ("changed", "told"),
-    [({"precision": "fp8"}, "unknown precision"), ({"precision": "fp16", "backends": ("eager",)}, "none is measured")],
-)
-def test_a_precision_that_nothing_would_have_is_refused(tiny: Path, changed: dict[str, Any], told: str) -> None:
-    with pytest.raises(DpctlError, match=told):
-        bench.check(dataclasses.replace(SMALL, baseline=str(tiny), **changed))
+def test_an_unknown_precision_is_refused(tiny: Path) -> None:
+    with pytest.raises(DpctlError, match="unknown precision"):
+        bench.check(dataclasses.replace(SMALL, baseline=str(tiny), precision="fp8"))
+
+
+def test_torch_runs_in_the_precision_that_is_asked_for(
+    tiny: Path, toy_space: FeatureSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, Any]] = []
+    ask = measuring.Worker.ask
+
+    def noted(self: measuring.Worker, what: str, **request: Any) -> dict[str, Any]:
+        if what == "open":
+            sent.append((request["backend"], request["precision"]))
+        return ask(self, what, **request)
+
+    monkeypatch.setattr(measuring.Worker, "ask", noted)
+    recipe = dataclasses.replace(SMALL, baseline=str(tiny), backends=("eager",), batch_sizes=(1,), precision="bf16")
+    result = bench.run_bench(recipe, tmp_path / "bf16", space=toy_space)
+    (subject,) = result.subjects
+    assert (subject.failure, subject.precision) == (None, "bf16")
+    assert subject.layers
+    assert set(sent) == {("eager", "bf16")}
+    assert not any("precision" in warning for warning in result.warnings)
+    # The pictures are drawn in it too, and are not those of float32.
+    drawn = load_samples(tmp_path / "bf16" / "samples" / "0-2-steps.npz")
+    asked: dict[str, Any] = {"scheduler": recipe.scheduler, "threads": 1}
+    half, whole = (
+        to_bytes(open_painter(tiny, "eager", **asked, precision=precision).paint(range(5), 2))
+        for precision in ("bf16", "fp32")
+    )
+    assert (drawn == half).all()
+    assert (drawn != whole).any()
 
 
 def test_what_cannot_be_profiled_is_measured_and_judged(

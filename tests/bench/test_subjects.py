@@ -27,8 +27,14 @@ def test_names_are_short_and_differ(sources: list[str], expected: list[str]) -> 
     assert subjects.names(sources) == expected
 
 
-def test_a_model_without_manifest_is_counted(toy_pipeline: Path, toy_model: Any) -> None:
+def test_a_model_without_manifest_is_counted_once(
+    toy_pipeline: Path, toy_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, positions = [], cost.positions
+    monkeypatch.setattr(cost, "positions", lambda unet: passes.append(unet) or positions(unet))
     (model,) = subjects.describe(BenchRecipe(baseline=str(toy_pipeline)))
+    assert len(passes) == 1
+    assert model.module_macs == cost.macs_by_module(toy_model.unet)
     assert (model.kind, model.lineage) == ("foreign", ())
     assert model.params == cost.parameters(toy_model.unet)
     assert model.macs == cost.macs(toy_model.unet).linear

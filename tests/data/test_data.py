@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpctl.data import open_data
+from dpctl.data import open_data, to_bytes
 from dpctl.errors import DpctlError
 
 SIZE = (8, 8)
@@ -305,3 +305,14 @@ def test_what_is_neither_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_model_of_other_channels_is_refused(toy_images: Path, channels: int) -> None:
     with pytest.raises(DpctlError, match="images cannot feed"):
         open_data(str(toy_images), channels=channels, size=SIZE)
+
+
+def test_bytes_become_images_and_bytes_again(tmp_path: Path) -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    pixels[..., 1], pixels[..., 2] = 255 - pixels[..., 1], 7
+    np.savez(tmp_path / "all.npz", images=pixels)
+    batch = open_data(str(tmp_path / "all.npz"), channels=3, size=(16, 16)).batch([0])
+    assert (to_bytes(batch) == pixels).all()
+    assert to_bytes(torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]).reshape(1, 1, 1, 5)).flatten().tolist() == [
+        *(0, 0, 128, 255, 255)
+    ]

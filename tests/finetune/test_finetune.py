@@ -282,7 +282,7 @@ def test_fp16_without_a_gpu_is_refused(tmp_path: Path, training: Callable[..., T
         ({"block_out_channels": [32, 64, 64]}, "no network that runs"),
         ({"sample_size": 7}, "no network that runs"),
         ({"block_out_channels": "wide"}, "no network that runs"),
-        ({"num_class_embeds": 4}, "no labels for a class-conditional model"),
+        ({"num_class_embeds": 4}, "no labels"),
         ({"out_channels": 2}, "no image like its input"),
         ({"in_channels": 4, "out_channels": 4}, "images cannot feed"),
         ({"sample_size": 16}, "does not fit"),

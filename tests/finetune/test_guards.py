@@ -1,7 +1,7 @@
 """When a training ends before its time: a loss that runs away, no memory, no disk; and what is left then."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpctl.data import Batch, TrainingSet
+from dpctl.data import TrainingSet
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint, guards, loop, train
 from dpctl.finetune.loss import Objective
@@ -58,10 +58,10 @@ def test_a_run_that_runs_away_keeps_the_last_good_checkpoint(
     tmp_path: Path, make_tiny: Callable[..., Any], scheduler: Any, images: TrainingSet
 ) -> None:
     class Worse(Objective):
-        def __call__(self, unet: Any, batch: Batch, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
             object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
             factor = 1.0 if self.calls <= 60 else 100.0  # type: ignore[attr-defined]
-            return factor * super().__call__(unet, batch, noise, timesteps)
+            return factor * super().total(terms)
 
     recipe = LoopRecipe(steps=200, batch_size=64, checkpoint_every=25, learning_rate=1e-5)
     with pytest.raises(DpctlError, match="runs away") as caught:

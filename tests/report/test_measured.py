@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dpctl import report
 from dpctl.bench.result import BenchResult
-from dpctl.report import charts, measured
+from dpctl.report import charts, measured, over_latency
 from dpctl.report.over_latency import chart, points
 
 Make = Callable[..., BenchResult]
@@ -65,6 +66,15 @@ def test_the_baseline_at_fewer_steps_is_on_the_chart_hollow(full_result: BenchRe
     few = chart(dataclasses.replace(full_result, fewer_steps=()))
     assert few is not None
     assert "fill-opacity: 0;" not in few.svg
+
+
+@pytest.mark.parametrize(("values", "scale"), [([1.0, 4.9], "linear"), ([1.0, 5.1], "log"), ([-1.0, 90.0], "linear")])
+def test_values_that_lie_far_apart_are_shown_by_their_ratios(values: list[float], scale: str) -> None:
+    panel = Figure().subplots()
+    over_latency._scale(panel, "y", values, "{:.2g}".format)
+    assert panel.get_yscale() == scale
+    assert panel.get_xscale() == "linear"
+    assert panel.yaxis.get_major_formatter()(20.0, 0) == "20"
 
 
 def test_one_point_is_no_front(make_result: Make) -> None:

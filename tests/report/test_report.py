@@ -145,6 +145,28 @@ def test_markdown_says_the_same_and_its_pictures_are_there(make_result: Make, ou
     assert widths == {10}
 
 
+def test_what_a_training_drew_is_shown_and_stays_when_the_model_is_gone(
+    make_result: Make, out: Path, tmp_path: Path
+) -> None:
+    slim = tmp_path / "slim"
+    slim.mkdir()
+    Image.new("L", (40, 20), 77).save(slim / "progress.png")
+    drawn = (slim / "progress.png").read_bytes()
+    plain, model = make_result().models
+    result = make_result(models=(plain, dataclasses.replace(model, source=str(slim))))
+    for _ in range(2):
+        report.write_report(result, out)
+        assert (out / "progress-1.png").read_bytes() == drawn
+        assert (
+            "![samples of slim while it was trained, from the same noise: a row each, the last one below]("
+            "progress-1.png)" in (out / "report.md").read_text(encoding="utf-8")
+        )
+        html = (out / "report.html").read_text(encoding="utf-8")
+        assert Page(html).open == []
+        assert f'<img src="data:image/png;base64,{base64.b64encode(drawn).decode()}" alt="samples of slim while' in html
+        (slim / "progress.png").unlink(missing_ok=True)
+
+
 def test_it_is_a_function_of_the_file(make_result: Make, out: Path) -> None:
     names = ("report.md", "report.html", "latency.svg", "samples-20-steps.png")
     report.write_report(make_result(), out)

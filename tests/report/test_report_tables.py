@@ -153,3 +153,14 @@ def test_a_column_left_out_is_the_only_difference(full_result: BenchResult, head
     assert less.headings == whole.headings[:place] + whole.headings[place + 1 :]
     assert less.rows == tuple(row[:place] + row[place + 1 :] for row in whole.rows)
     assert (less.note, less.marks, less.title) == (whole.note, whole.marks, whole.title)
+
+
+def test_the_precisions_are_told(make_result: Make) -> None:
+    result = make_result()
+    assert "In fp" not in tables.speed(result).note
+    half = [dataclasses.replace(subject, precision="bf16") for subject in result.subjects]
+    alike = dataclasses.replace(result, subjects=tuple(half))
+    assert "All networks are in bf16." in tables.speed(alike).note
+    first, *others = result.subjects
+    mixed = dataclasses.replace(result, subjects=(dataclasses.replace(first, precision="bf16"), *others))
+    assert f"In bf16: {first.name}. In fp32: {others[0].name}" in tables.speed(mixed).note

@@ -19,7 +19,9 @@ from dpctl import registry
 from dpctl.bench.result import INEXACT
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
-from runtime.backends.eager import EagerDenoiser
+from dpctl.signature import of_unet
+from runtime.backends.eager import PRECISIONS, EagerDenoiser, lowered
+from runtime.layers import random_inputs
 
 NAMES = registry.names(runtime.BACKENDS)
 
@@ -44,6 +46,8 @@ EXTRAS = {"ort": "cpu", "ov": "openvino"}
 
 @pytest.fixture(params=[pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
 def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "compiled":
+        torch.compiler.reset()  # it takes 8 variants of one function, in all tests together
     return request.param
 
 
@@ -76,7 +80,7 @@ def test_the_names_are_the_files() -> None:
 @pytest.mark.parametrize("backend", NAMES)
 def test_a_backend_has_the_documented_door(backend: str) -> None:
     module = registry.load(runtime.BACKENDS, backend, "backend")
-    wanted = ["directory", "threads", "device"] + (["failed"] if module.RUNS_EXPORTED else [])
+    wanted = ["directory", "threads", "device", "failed" if module.RUNS_EXPORTED else "precision"]
     assert list(inspect.signature(module.open_denoiser).parameters) == wanted
 
 
@@ -90,6 +94,28 @@ def test_it_gives_what_torch_gives(backend: str, directory: Path, model: Path) -
     assert found.dtype == denoiser.dtype == torch.float32
     assert found.device == denoiser.device
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_it_gives_what_torch_gives_in_it(
+    backend: str, directory: Path, model: Path, precision: str
+) -> None:
+    if backend not in WEIGHTS:
+        with pytest.raises(DpctlError, match="an exported directory has its precision"):
+            runtime.open_denoiser(directory, backend, precision=precision)
+        return
+    (sample, timestep), half = inputs(), {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    unet = load_model(model).unet
+    with torch.no_grad():
+        whole = unet(sample, timestep).sample
+        expected = torch.nn.Module.to(unet, half)(sample.to(half), timestep).sample.float()
+    with runtime.open_denoiser(directory, backend, precision=precision) as denoiser:
+        found = denoiser(sample, timestep)
+    assert (denoiser.precision, denoiser.dtype, found.dtype) == (precision, torch.float32, torch.float32)
+    assert not torch.equal(found, whole)
+    # Compiled, what is rounded after every layer in eager is not.
+    near = {"rtol": 0, "atol": float(3 * (expected - whole).abs().max())} if backend == "compiled" else {}
+    torch.testing.assert_close(found, expected, **near)
 
 
 def test_an_output_belongs_to_the_caller(backend: str, directory: Path) -> None:
@@ -225,6 +251,27 @@ def test_eager_sets_the_threads_that_were_asked_for(model_directory: Path) -> No
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("family", ["class-conditional", "ldm", "stable-diffusion", "sdxl", "ncsnpp"])
+def test_every_family_runs_in_half_precision(
+    families: dict[str, Callable[..., Any]], family: str, precision: str
+) -> None:
+    given = {"in_channels": 4, "out_channels": 4} if family in ("stable-diffusion", "sdxl") else {}
+    unet = families[family](**given)
+    asked = random_inputs(of_unet({**unet.config, "_class_name": type(unet).__name__}), unet.config, 2)
+    expected = EagerDenoiser(unet)(**asked)
+    found = EagerDenoiser(lowered(unet, PRECISIONS[precision]))(**asked)
+    assert found.dtype == torch.float32
+    epsilon = torch.finfo(PRECISIONS[precision]).eps
+    assert 0 < (found - expected).norm() < 10 * epsilon * expected.norm()
+
+
+@pytest.mark.parametrize("backend", sorted(WEIGHTS))
+def test_an_unknown_precision_is_refused(backend: str, toy_pipeline: Path) -> None:
+    with pytest.raises(DpctlError, match=r"unknown precision[\s\S]*fp32, fp16, bf16"):
+        runtime.open_denoiser(toy_pipeline, backend, precision="fp8")
 
 
 def test_sizes_keep_all_of_float32_in_a_narrow_network(families: dict[str, Callable[..., Any]]) -> None:

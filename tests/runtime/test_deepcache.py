@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from toys import TEXT, decoder, tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import runtime
 from dpctl import cost
@@ -20,6 +23,7 @@ from dpctl.pruned_unet import PrunedUNet2DConditionModel, PrunedUNet2DModel
 from runtime.backends.deepcache import DeepCache, DeepCacheDenoiser
 from runtime.backends.eager import EagerDenoiser
 from runtime.network import Network
+from runtime.pipeline import draw_images
 
 PLAIN = [
     *("ddpm", "ldm", "class-conditional", "resnet-resampling", "scale-shift"),
@@ -239,6 +243,81 @@ def test_after_the_block_weights_and_feature_are_free(toy_pipeline: Path) -> Non
         assert [found() for found in held] == [None, None]
     finally:
         gc.enable()
+
+
+# --- within diffusers' pipelines --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(families: Families, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pipelines") / "sd"
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        parts: dict[str, Any] = {
+            "vae": decoder(AutoencoderKL),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)).eval(),
+            "tokenizer": tokenizer(directory.with_name("words")),
+            "unet": built(families, "stable-diffusion"),
+            "scheduler": DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        }
+    plain = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**parts, **plain).save_pretrained(directory)
+    return directory
+
+
+def opened(directory: Path, backend: str) -> Any:
+    pipe = runtime.load_pipeline(directory, backend, scheduler="ddim")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe: Any, prompts: list[str], steps: int, guidance_scale: float = 4.0) -> Any:
+    asked = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "np"}
+    return pipe(prompts, generator=runtime.image_generators(0, range(len(prompts))), **asked).images
+
+
+def test_a_pipelines_calls_share_no_features(stable_diffusion: Path) -> None:
+    pipe, eager = opened(stable_diffusion, "deepcache"), opened(stable_diffusion, "eager")
+    first = images(pipe, ["a cat"], 4)
+    other = images(pipe, ["a bat"], 4)
+    assert (first != other).any()
+    assert (images(pipe, ["a cat"], 4) == first).all()
+    assert (images(opened(stable_diffusion, "deepcache"), ["a bat"], 4) == other).all()
+    # A trajectory's first call is whole, after any other: with and without guidance, of one image and of two.
+    for prompts, scale in ((["a tab"], 4.0), (["a tab"], 1.0), (["a tab", "a cat"], 1.0), (["a tab"], 4.0)):
+        images(pipe, ["a cat"], 2, scale)
+        assert (images(pipe, prompts, 1, scale) == images(eager, prompts, 1, scale)).all()
+
+
+def test_of_a_pipelines_calls_every_third_is_whole(stable_diffusion: Path) -> None:
+    pipe, eager = opened(stable_diffusion, "deepcache"), opened(stable_diffusion, "eager")
+    calls: list[bool] = []
+    network = pipe.unet.denoiser._network
+    network.whole.register_forward_hook(lambda *_: calls.append(True))
+    network.outermost.register_forward_hook(lambda *_: calls.append(False))
+    found = images(pipe, ["a cat"], 5)
+    assert calls == [True, False, False, True, False]
+    assert (found != images(eager, ["a cat"], 5)).any()
+    images(pipe, ["a cat"], 2)
+    assert calls[5:] == [True, False]
+
+
+def test_who_draws_says_where_a_trajectory_begins(stable_diffusion: Path, toy_pipeline: Path) -> None:
+    asked: dict[str, Any] = {"seed": 0, "indices": [0], "num_inference_steps": 1}
+    texts: dict[str, Any] = {"prompts": ["a cat"], "guidance_scale": 4.0}
+    pipe = opened(stable_diffusion, "deepcache")
+    late = runtime.make_scheduler("ddim", pipe.scheduler.config)  # its one step is at timestep 1
+    pipe.scheduler = runtime.make_scheduler("lcm", pipe.scheduler.config)  # and this one's at 999
+    draw_images(pipe, **asked, **texts)
+    pipe.scheduler = late
+    assert torch.equal(
+        draw_images(pipe, **asked, **texts), draw_images(opened(stable_diffusion, "eager"), **asked, **texts)
+    )
+    config = load_model(toy_pipeline).scheduler.config
+    with runtime.open_denoiser(toy_pipeline, "deepcache") as ours, runtime.open_denoiser(toy_pipeline) as eager:
+        runtime.sample(ours, runtime.make_scheduler("lcm", config), **asked)
+        ddim = runtime.make_scheduler("ddim", config)
+        assert torch.equal(runtime.sample(ours, ddim, **asked), runtime.sample(eager, ddim, **asked))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Real diffusers pipelines with their UNet on a backend: the images are those of the stock pipeline."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -204,11 +205,11 @@ def test_latent_diffusion_on_eager_is_the_stock_pipeline_bit_for_bit(latent: Pat
     stock = quiet(LDMPipeline.from_pretrained(latent), scheduler)
     pipe = quiet(runtime.load_pipeline(latent), scheduler)
     asked = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
-    # Its loop gives the scheduler no generator: LCM's noise is torch's own.
-    with torch.random.fork_rng():
-        expected = stock(generator=generators(1, 2), **asked).images
-    with torch.random.fork_rng():
-        found = pipe(generator=generators(1, 2), **asked).images
+    own = generators(1, 2)
+    if scheduler == "lcm":  # the stock loop gives its scheduler no generator, ours does
+        stock.scheduler.step = functools.partial(stock.scheduler.step, generator=own)
+    expected = stock(generator=own, **asked).images
+    found = pipe(generator=generators(1, 2), **asked).images
     assert found.shape == (2, 16, 16, 3)
     assert (found == expected).all()
 
@@ -260,6 +261,32 @@ def test_a_latent_consistency_model_gets_its_strength_of_guidance(text_encoder: 
     weak, strong = (drawn(ours, 5, guidance_scale=scale) for scale in (2.0, 8.0))
     assert torch.equal(weak, drawn(stock, 5, guidance_scale=2.0))
     assert not torch.equal(weak, strong)
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_latent_diffusion_hands_its_generator_to_the_scheduler(latent: Path, one: bool) -> None:
+    pipe = quiet(runtime.load_pipeline(latent, scheduler="euler-ancestral"))
+    assert (type(pipe).__name__, isinstance(pipe, LDMPipeline)) == ("LDMPipeline", True)
+
+    def images() -> torch.Tensor:
+        pipe.scheduler.set_timesteps(3)  # it scales its first noise by the steps of the last call
+        generator = generators(0)[0] if one else generators(0)  # given by its place
+        return torch.from_numpy(pipe(1, generator, num_inference_steps=3, output_type="np").images)
+
+    first = images()
+    torch.rand(1)
+    assert torch.equal(images(), first)
+    assert "step" not in vars(pipe.scheduler)
+    pipe(batch_size=1, num_inference_steps=1, output_type="np")  # without one, it is torch's global one as in stock
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_network_in_half_precision_draws_nearly_the_same(stable_diffusion: Path, precision: str) -> None:
+    whole = drawn(quiet(runtime.load_pipeline(stable_diffusion)), 0, 1)
+    pipe = quiet(runtime.load_pipeline(stable_diffusion, precision=precision))
+    half = drawn(pipe, 0, 1)
+    assert (pipe.unet.denoiser.precision, pipe.unet.dtype) == (precision, torch.float32)
+    assert 0 < (half - whole).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -48,6 +48,15 @@ def test_eager_tells_of_every_module_and_leaves_no_hook(
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.unet.modules())
 
 
+def test_eager_is_timed_in_the_precision_that_it_runs_in(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Any] = []
+    monkeypatch.setattr(eager, "load_model", lambda directory: models.append(load_model(directory)) or models[-1])
+    assert eager.profile(model_directory, precision="bf16", runs=1)
+    assert {value.dtype for value in models[0].unet.parameters()} == {torch.bfloat16}
+
+
 def test_eager_times_add_up_to_the_whole_pass(model_directory: Path) -> None:
     with eager.open_denoiser(model_directory) as denoiser:
         unet = denoiser._network.unet
@@ -137,7 +146,8 @@ def test_profiles_refuse_a_batch_that_was_not_exported(exported_directory: Path)
 @pytest.mark.parametrize("backend", PROFILED)
 def test_a_profile_has_the_documented_door(backend: str) -> None:
     module = registry.load(runtime.BACKENDS, backend, "backend")
-    wanted = ["directory", "threads", "device", "batch_size", "runs"]
+    own = [] if module.RUNS_EXPORTED else ["precision"]
+    wanted = ["directory", "threads", "device", *own, "batch_size", "runs"]
     assert list(inspect.signature(module.profile).parameters) == wanted
 
 

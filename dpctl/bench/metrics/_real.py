@@ -8,7 +8,7 @@ import numpy as np
 
 from dpctl import progress
 from dpctl.bench.metrics._features import FeatureSpace
-from dpctl.data import Images, open_data
+from dpctl.data import Images, open_data, to_bytes
 from dpctl.errors import DpctlError
 
 STATISTICS = "statistics.npz"
@@ -68,9 +68,8 @@ def _write_statistics(space: FeatureSpace, images: Images, shape: tuple[int, int
     with bar("real images", len(images)) as advance:
         for start in range(0, len(images), TOGETHER):
             batch = images.batch(range(start, min(start + TOGETHER, len(images))))
-            pixels = ((batch + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-            parts.append(space.rows(pixels))
-            advance(len(pixels))
+            parts.append(space.rows(to_bytes(batch)))
+            advance(len(batch))
     rows = np.concatenate(parts)
     broken = int((~np.isfinite(rows).all(1)).sum())
     if broken:
