@@ -30,31 +30,6 @@ def noise_for(seed: int, indices: Sequence[int], shape: Sequence[int], stream: s
     return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, i, stream)) for i in indices])
 
 
-CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim")
-
-
-def require_image_to_image(config: Any, *, labels: bool = False) -> None:
-    """Raise a DpctlError unless a network turns a noisy image and a timestep, nothing else, into one like it.
-
-    With `labels` it may know the image's class, too.
-    """
-    refused = ("class_embed_type", "cross_attention_dim") if labels else CONDITIONS
-    conditions = [f"{name} {config.get(name)!r}" for name in refused if config.get(name) is not None]
-    if conditions:
-        work, known = ("trained", "unconditional or class-conditional") if labels else ("scored", "unconditional")
-        raise DpctlError(
-            f"this conditional network cannot be {work} yet",
-            ", ".join(conditions),
-            f"bring an {known} model: the images have no conditions of other kinds",
-        )
-    if config.in_channels != config.out_channels:
-        raise DpctlError(
-            "the network's output is no image like its input",
-            f"{config.in_channels} input channels, {config.out_channels} output channels",
-            "bring a model that predicts noise, image or velocity alone (no learned variance)",
-        )
-
-
 def trained_schedule(scheduler: Any) -> Any:
     """Return what adds noise as in training: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (DDPM equation 4).
 

@@ -24,7 +24,7 @@ from dpctl.bench.metrics import Drawn, Figure
 from dpctl.bench.metrics._features import reference_space
 from dpctl.bench.quality import judge
 from dpctl.bench.subjects import DRAWN_TOGETHER
-from dpctl.data import open_data
+from dpctl.data import Pixels, open_data
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, resolve
 from dpctl.prune import prune
@@ -98,7 +98,8 @@ class Gauge:
     def probe(self) -> Probe:
         """Images of the data that scoring and compensation draw from too, noise and timesteps of its own."""
         model = load_model(MODEL)
-        images = open_data("reference", channels=model.unet.config.in_channels, size=sample_size(model.unet.config))
+        config = model.unet.config
+        images = Pixels(open_data("reference", channels=config.in_channels, size=sample_size(config)))
         return open_probe(model.unet, model.scheduler, images, **PROBE)
 
     @cached_property

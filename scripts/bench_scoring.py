@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics.functional import cohen_kappa
 
 from dpctl import progress
-from dpctl.data import open_data
+from dpctl.data import Pixels, open_data
 from dpctl.diffusion import denoising_loss, noise_for, sample_generator
 from dpctl.models import Model, load_model
 from dpctl.prune.compensate import make_up
@@ -51,7 +51,7 @@ class Bench:
         self.model: Model = load_model("reference")
         self.unet = self.model.unet
         config = self.unet.config
-        self.images = open_data("reference", channels=config.in_channels, size=sample_size(config))
+        self.images = Pixels(open_data("reference", channels=config.in_channels, size=sample_size(config)))
         self.groups = find_groups(self.unet)
         self.network = describe(self.unet, self.groups)
 
@@ -71,7 +71,7 @@ class Bench:
     def full_pass(self, seed: int) -> dict[str, Scores]:
         """Score by one batch with one noise at every timestep above the threshold."""
         order = torch.randperm(len(self.images), generator=sample_generator(seed, 0, "full-images"))[:FULL_IMAGES]
-        clean = self.images.batch(order.tolist())
+        clean = self.images.plain(order.tolist()).clean
         noise = noise_for(seed, order.tolist(), clean.shape[1:], "full-noise")
         self.unet.requires_grad_(True).zero_grad(set_to_none=True)
         largest = 0.0
@@ -177,7 +177,7 @@ def peak(what: str, batch: int) -> int:
     else:
         optimizer = torch.optim.AdamW(bench.unet.parameters())
         for start in (0, batch):  # the second step is the first with the optimizer's state
-            clean = bench.images.batch(range(start, start + batch))
+            clean = bench.images.plain(range(start, start + batch)).clean
             noise = noise_for(0, range(start, start + batch), clean.shape[1:])
             loss = denoising_loss(bench.unet, bench.model.scheduler, clean, noise, torch.full((batch,), 100)).mean()
             loss.backward()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpctl.diffusion import denoising_loss, noise_for, predicted_target, require_image_to_image, sample_generator
+from dpctl.diffusion import denoising_loss, noise_for, predicted_target, sample_generator
 from dpctl.errors import DpctlError
 
 # --- noise -------------------------------------------------------------------------------------------------------
@@ -137,22 +137,3 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch(make_unet: Callable[.
         together = denoising_loss(unet, scheduler, clean, noise, timesteps)
         alone = [denoising_loss(unet, scheduler, *(t[i : i + 1] for t in (clean, noise, timesteps))) for i in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
-
-
-# --- what can be trained -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"num_class_embeds": 10}, "conditional network"),
-        ({"class_embed_type": "identity"}, "conditional network"),
-        ({"out_channels": 2}, "no image like its input"),
-    ],
-)
-def test_a_network_that_needs_more_or_gives_more_than_an_image_is_refused(
-    make_unet: Callable[..., Any], changed: dict[str, Any], message: str
-) -> None:
-    require_image_to_image(make_unet().config)
-    with pytest.raises(DpctlError, match=message):
-        require_image_to_image(make_unet(**changed).config)

@@ -6,7 +6,7 @@ from dpctl.data.folder import FolderImages
 from dpctl.data.images import Images, Pictures, View, draw_views, to_bytes
 from dpctl.data.prompts import read_prompts
 from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
-from dpctl.data.training import open_pixels, open_training_set
+from dpctl.data.training import open_pixels, open_training_set, require_trainable
 
 __all__ = [
     "REFERENCE_IMAGES",
@@ -25,5 +25,6 @@ __all__ = [
     "open_training_set",
     "read_prompts",
     "require_pixels",
+    "require_trainable",
     "to_bytes",
 ]

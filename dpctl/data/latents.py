@@ -5,6 +5,7 @@ the latents before quantisation, which latent diffusion is trained on (Rombach e
 """
 
 import gc
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,9 +113,20 @@ class LabelledLatents(Latents):
 
 
 def encode(
-    setting: cache.Setting, entry: str, vae: Any, images: Images, *, size: tuple[int, int], flip: bool
+    setting: cache.Setting,
+    entry: str,
+    vae: Any,
+    images: Images,
+    *,
+    size: tuple[int, int],
+    flip: bool,
+    chosen: Sequence[int] | None = None,
 ) -> cache.Rows:
-    """Return the rows of images of a size, from the cache or encoded with `vae`, the component called `entry`."""
+    """Return the rows of images of a size, from the cache or encoded with `vae`, the component called `entry`.
+
+    They are those of the `chosen` images, in that order, or of all.
+    """
+    numbers = range(len(images)) if chosen is None else chosen
     name = cache.key(
         kind=LATENTS,
         vae=artifact.digest(artifact.hash_files(setting.directory / entry)),
@@ -122,22 +134,25 @@ def encode(
         size=f"{size[0]}x{size[1]}",
         crop="center",
         flip=str(flip),
+        chosen="all" if chosen is None else json.dumps(list(chosen)),
     )
 
     @contextmanager
     def maker() -> Iterator[Any]:
         vae.to(setting.device)
         try:
-            yield lambda numbers: _encoded(vae, images, list(numbers), flip, setting.device)
+            yield lambda rows: _encoded(vae, images, [numbers[row] for row in rows], flip, setting.device)
         finally:
             vae.to("cpu")
             release(setting.device)
 
-    what = f"latents of {len(images)} images{', mirrored too' if flip else ''}"
+    what = f"latents of {len(numbers)} images{', mirrored too' if flip else ''}"
     together = max(1, PIXELS_TOGETHER // (size[0] * size[1]))
-    rows = cache.rows(setting.folder / name, COLUMNS, len(images), maker, what=what, together=together, bar=setting.bar)
-    if left := int((rows[INDICES] != np.arange(len(images))).sum()):
-        say(f"{left} of {len(images)} images could not be read when they were encoded; others take their places")
+    rows = cache.rows(
+        setting.folder / name, COLUMNS, len(numbers), maker, what=what, together=together, bar=setting.bar
+    )
+    if left := int((rows[INDICES] != np.asarray(numbers)).sum()):
+        say(f"{left} of {len(numbers)} images could not be read when they were encoded; others take their places")
     return rows
 
 

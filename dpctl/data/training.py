@@ -10,8 +10,9 @@ from dpctl.data import latents
 from dpctl.data.batch import Labelled, Pixels, TrainingSet
 from dpctl.data.cache import Setting
 from dpctl.data.images import Images
-from dpctl.data.sources import open_data
+from dpctl.data.sources import open_data, require_pixels
 from dpctl.data.text import open_captioned, require_readable
+from dpctl.diffusion import sample_generator
 from dpctl.errors import DpctlError
 from dpctl.models import Model, decoder_of, read_index
 from dpctl.pipelines import load_vae
@@ -30,15 +31,16 @@ def open_training_set(
     cache: Path,
     bar: progress.Bar = progress.no_bar,
     device: torch.device | None = None,
+    most: int | None = None,
 ) -> TrainingSet:
     """Open the recipe's data for a model: what the pipeline's own components make of images, labels and captions.
 
     Latents and embeddings are made once, on `device` (this process's GPU, if there is one), and kept below `cache`;
-    what made them is freed. Raises a DpctlError for a network that is told what no data has, for data without labels or
-    captions where they are needed, and for a disk that is too small.
+    what made them is freed; of more than `most` images as many are encoded, drawn by the recipe's seed. Raises a
+    DpctlError as `require_trainable` does, for data without labels or captions where they are needed, and for a disk
+    that is too small.
     """
-    told = conditions_of(model.unet)
-    entry = decoder_of(model.directory)
+    entry, told = require_trainable(model)
     if entry is None:
         return open_pixels(model.unet, recipe)
     if recipe.crop != "center":
@@ -50,7 +52,8 @@ def open_training_set(
     _require_told(images, told, model)
     setting = Setting(model.directory, device or latents.own_device(), cache, bar)
     scaling = latents.scaling_of(vae, str(read_index(model.directory).get("_class_name")))
-    rows = latents.encode(setting, entry, vae, images, size=size, flip=recipe.flip)
+    chosen = _chosen(len(images), most, recipe.seed)
+    rows = latents.encode(setting, entry, vae, images, size=size, flip=recipe.flip, chosen=chosen)
     del vae
     latents.release(setting.device)
     if LABELS in told:
@@ -63,14 +66,43 @@ def open_training_set(
 
 def open_pixels(unet: Any, recipe: LoopRecipe) -> TrainingSet:
     """Open the recipe's data for a network over pixels, with or without classes."""
-    told, config = conditions_of(unet), unet.config
-    if TEXT in told:
-        got = f"cross_attention_dim {config.get('cross_attention_dim')}, and no VAE beside it"
-        raise DpctlError("a text network needs its pipeline", got, "give the whole pipeline's directory")
+    told, config = _conditions_over_pixels(unet), unet.config
     images = open_data(recipe.data, channels=config.in_channels, size=sample_size(config), max_broken=recipe.max_broken)
     if LABELS in told:
         return Labelled(images, int(config.num_class_embeds), flip=recipe.flip, crop=recipe.crop)
     return Pixels(images, flip=recipe.flip, crop=recipe.crop)
+
+
+def require_trainable(model: Model) -> tuple[str | None, tuple[str, ...]]:
+    """Return the name of a model's VAE, if it has one, and what its network is told.
+
+    Raises a DpctlError as `conditions_of` does, and for a text network without a pipeline whose texts can be encoded.
+    """
+    entry = decoder_of(model.directory)
+    if entry is None:
+        told = _conditions_over_pixels(model.unet)
+        require_pixels(model.unet.config.in_channels)
+        return None, told
+    told = conditions_of(model.unet)
+    if TEXT in told:
+        require_readable(model.directory)
+    return entry, told
+
+
+def _conditions_over_pixels(unet: Any) -> tuple[str, ...]:
+    told = conditions_of(unet)
+    if TEXT in told:
+        got = f"cross_attention_dim {unet.config.get('cross_attention_dim')}, and no VAE beside it"
+        raise DpctlError("a text network needs its pipeline", got, "give the whole pipeline's directory")
+    return told
+
+
+def _chosen(count: int, most: int | None, seed: int) -> list[int] | None:
+    """Return `most` of `count` images in their order, drawn by the seed; None for all."""
+    if most is None or count <= most:
+        return None
+    found: list[int] = torch.randperm(count, generator=sample_generator(seed, 0, "chosen"))[:most].tolist()
+    return sorted(found)
 
 
 def conditions_of(unet: Any) -> tuple[str, ...]:
@@ -122,5 +154,4 @@ def _require_told(images: Images, told: tuple[str, ...], model: Model) -> None:
     if LABELS in told:
         Labelled(images, int(model.unet.config.num_class_embeds))
     if TEXT in told:
-        require_readable(model.directory)
         images.captions([0])

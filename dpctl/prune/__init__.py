@@ -74,12 +74,14 @@ def scan(model: str, data: str, *, bar: progress.Bar = progress.no_bar) -> dict[
 
 
 def _scan(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, Any]:
+    from dpctl.diffusion import trained_schedule
     from dpctl.prune import sensitivity
     from dpctl.prune.probe import open_images
 
     failed = "the sensitivity of this model cannot be scanned"
-    images = open_images(source.unet, recipe, failed, "leave --sensitivity out")
-    found = sensitivity.scan(source.unet, source.scheduler, images, align=recipe.align, seed=recipe.seed, bar=bar)
+    images = open_images(source, recipe, sensitivity.IMAGES, failed, "leave --sensitivity out", bar)
+    scheduler = trained_schedule(source.scheduler)
+    found = sensitivity.scan(source.unet, scheduler, images, align=recipe.align, seed=recipe.seed, bar=bar)
     return {"model": source.digest} | found
 
 
@@ -90,8 +92,9 @@ def prune_unet(
 
     Without `weights` nothing is cut: the slim network is on the meta device, and everything told of it is true.
     """
+    from dpctl.diffusion import trained_schedule
     from dpctl.prune.attached import require_plain
-    from dpctl.prune.compensate import compensates, make_up
+    from dpctl.prune.compensate import BATCHES, compensates, make_up
     from dpctl.prune.importance import Scoring
     from dpctl.prune.probe import open_images, require_fed
     from dpctl.prune.surgery import kept_indices, outline, regrouped, slim
@@ -99,13 +102,15 @@ def prune_unet(
     require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
     groups, network, levels = trace(source, recipe)
-    images = None
+    images, scheduler = None, trained_schedule(source.scheduler)
+    most = max(recipe.images, BATCHES * recipe.batch_size)
     if criterion.NEEDS_DATA:
-        images = open_images(source.unet, recipe, f"the criterion {recipe.criterion} cannot score this model", UNSCORED)
-    refits = compensates(recipe, criterion.NEEDS_DATA, source.unet)
+        unscored = f"the criterion {recipe.criterion} cannot score this model", UNSCORED
+        images = open_images(source, recipe, most, *unscored, bar)
+    refits = compensates(recipe, criterion.NEEDS_DATA, source)
     if refits:
-        require_fed(source.unet, *UNFITTED)
-    scoring = Scoring(source.unet, groups.prunable, source.scheduler, images, recipe, bar)
+        require_fed(source, *UNFITTED)
+    scoring = Scoring(source.unet, groups.prunable, scheduler, images, recipe, bar)
     scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
     plan, stock = plan_for(source, network, scores, recipe, criterion.COMPARABLE, levels)
     kept = kept_indices(source.unet, groups, plan)
@@ -116,8 +121,8 @@ def prune_unet(
         "regrouped_norms": regrouped(source.unet, small, kept),
     }
     if weights and kept and refits:
-        images = images or open_images(source.unet, recipe, *UNFITTED)
-        stats["compensation"] = make_up(source.unet, small, kept, source.scheduler, images, recipe, bar)
+        images = images or open_images(source, recipe, most, *UNFITTED, bar)
+        stats["compensation"] = make_up(source.unet, small, kept, scheduler, images, recipe, bar)
     return Pruned(small, plan, kept, stats)
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from dpctl import progress
 from dpctl.cost import positions
-from dpctl.data import Images
+from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, noise_for, sample_generator
 from dpctl.errors import DpctlError
-from dpctl.prune.probe import open_probe, takes_images
+from dpctl.models import Model
+from dpctl.prune.probe import open_probe, takes_data
 from dpctl.prune.surgery import Kept, temperature
 from dpctl.recipe import PruneRecipe
 from dpctl.signature import unet_arguments
@@ -51,15 +52,15 @@ class Fit:
     after: float
 
 
-def compensates(recipe: PruneRecipe, has_data: bool, unet: Any) -> bool:
+def compensates(recipe: PruneRecipe, has_data: bool, source: Model) -> bool:
     """Tell whether to compensate: as the recipe says, else where there is data, read anyway or given, that fits."""
     if recipe.compensate is not None:
         return recipe.compensate
-    return has_data or (recipe.data != PruneRecipe.data and takes_images(unet))
+    return has_data or (recipe.data != PruneRecipe.data and takes_data(source))
 
 
 def make_up(
-    unet: Any, small: Any, kept: Kept, scheduler: Any, images: Images, recipe: PruneRecipe, bar: progress.Bar
+    unet: Any, small: Any, kept: Kept, scheduler: Any, images: TrainingSet, recipe: PruneRecipe, bar: progress.Bar
 ) -> dict[str, Any]:
     """Compensate `small`, in place, on images of the data; return what that gave, as plain values.
 
@@ -89,16 +90,20 @@ def make_up(
     }
 
 
-def calibration(unet: Any, scheduler: Any, images: Images, count: int, seed: int) -> dict[str, Tensor]:
-    """Return noisy images [B, C, H, W] and their timesteps [B], evenly over the schedule, by their names as inputs."""
+def calibration(unet: Any, scheduler: Any, images: TrainingSet, count: int, seed: int) -> dict[str, Tensor]:
+    """Return noisy samples [B, C, H, W], their timesteps [B], evenly over the schedule, and their conditions.
+
+    All by their names as inputs.
+    """
     order = torch.randperm(len(images), generator=sample_generator(seed, 0, "compensate-images")).tolist()
     device = next(unet.parameters()).device
-    clean = images.batch([order[i % len(order)] for i in range(count)]).to(device)
-    noise = noise_for(seed, range(count), clean.shape[1:], "compensate-noise").to(device)
+    seen = images.plain([order[i % len(order)] for i in range(count)]).to(device)
+    noise = noise_for(seed, range(count), seen.clean.shape[1:], "compensate-noise").to(device)
     total = int(scheduler.config.num_train_timesteps)
     timesteps = torch.tensor([(2 * i + 1) * total // (2 * count) for i in range(count)], device=device)
     timesteps = timesteps.clamp(first_timestep(unet), total - 1)
-    return {"sample": scheduler.add_noise(clean, noise, timesteps), "timestep": timesteps}
+    noisy = scheduler.add_noise(seen.clean, noise, timesteps)
+    return {"sample": noisy, "timestep": timesteps, **seen.conditions}
 
 
 class _Rows:

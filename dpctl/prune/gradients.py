@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpctl import progress
-from dpctl.data import Images
+from dpctl.data import TrainingSet
 from dpctl.diffusion import denoising_loss, first_timestep, noise_for, sample_generator
 from dpctl.errors import DpctlError
 
@@ -69,7 +69,7 @@ class Active:
 def each_gradient(
     unet: Any,
     scheduler: Any,
-    images: Images,
+    images: TrainingSet,
     draws: Draws,
     each: Callable[[], None],
     advance: progress.Advance = progress.silent,
@@ -86,9 +86,10 @@ def each_gradient(
     try:
         for group in _portions(range(len(order)), draws.batch_size * draws.accumulation):
             for batch in _split(group, draws.batch_size):
-                clean = images.batch([order[i] for i in batch]).to(device)
-                noise = noise_for(draws.seed, batch, clean.shape[1:], "score-noise").to(device)
-                losses = denoising_loss(unet, scheduler, clean, noise, timesteps[list(batch)].to(device))
+                seen = images.plain([order[i] for i in batch]).to(device)
+                noise = noise_for(draws.seed, batch, seen.clean.shape[1:], "score-noise").to(device)
+                given = (seen.clean, noise, timesteps[list(batch)].to(device), seen.conditions)
+                losses = denoising_loss(unet, scheduler, *given)
                 _require_losses(timesteps[list(batch)].tolist(), losses.tolist())
                 (losses.sum() / len(group)).backward()
                 advance(len(batch))
@@ -102,7 +103,7 @@ def each_gradient(
 
 
 def find_active(
-    unet: Any, scheduler: Any, images: Images, draws: Draws, advance: progress.Advance = progress.silent
+    unet: Any, scheduler: Any, images: TrainingSet, draws: Draws, advance: progress.Advance = progress.silent
 ) -> Active:
     """Return the timesteps that count; a threshold takes a forward pass over the schedule."""
     grid = timestep_grid(scheduler, draws.timesteps, first_timestep(unet))
@@ -110,20 +111,21 @@ def find_active(
     if draws.weighting.threshold:
         order = _order(images, LOOKED_AT, draws.seed, "score-losses")
         device = next(unet.parameters()).device
-        clean = images.batch(order).to(device)
-        noise = noise_for(draws.seed, range(len(order)), clean.shape[1:], "score-losses").to(device)
+        batches = _split(range(len(order)), draws.batch_size)
+        seen = [images.plain([order[i] for i in batch]).to(device) for batch in batches]
+        noise = noise_for(draws.seed, range(len(order)), seen[0].clean.shape[1:], "score-losses").to(device)
         for t in grid:
             timesteps = torch.full((len(order),), t, dtype=torch.long, device=device)
             with torch.no_grad():
-                batches = (tensor.split(draws.batch_size) for tensor in (clean, noise, timesteps))
-                parts = [denoising_loss(unet, scheduler, *batch) for batch in zip(*batches, strict=True)]
+                given = zip(seen, noise.split(draws.batch_size), timesteps.split(draws.batch_size), strict=True)
+                parts = [denoising_loss(unet, scheduler, b.clean, n, at, b.conditions) for b, n, at in given]
             losses[t] = float(torch.cat(parts).mean())
             advance(len(order))
     active = draws.weighting.active(losses, int(scheduler.config.num_train_timesteps))
     return Active(active, tuple(grid), losses if draws.weighting.threshold else {})
 
 
-def draw(images: Images, scheduler: Any, active: Active, draws: Draws) -> tuple[list[int], Tensor]:
+def draw(images: TrainingSet, scheduler: Any, active: Active, draws: Draws) -> tuple[list[int], Tensor]:
     """Return the image and the timestep of every draw: the timesteps evenly over those that count, in random order."""
     total = int(scheduler.config.num_train_timesteps)
     ends = dict(itertools.pairwise([*active.grid, total]))
@@ -137,7 +139,7 @@ def draw(images: Images, scheduler: Any, active: Active, draws: Draws) -> tuple[
     )
 
 
-def _order(images: Images, count: int, seed: int, stream: str) -> list[int]:
+def _order(images: TrainingSet, count: int, seed: int, stream: str) -> list[int]:
     """Return `count` images in random order; where there are fewer they come again, with other noise."""
     order: list[int] = torch.randperm(len(images), generator=sample_generator(seed, 0, stream)).tolist()
     return [order[i % len(order)] for i in range(count)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpctl import progress
-from dpctl.data import Images
+from dpctl.data import TrainingSet
 from dpctl.errors import DpctlError
 from dpctl.prune import gradients
 from dpctl.prune.groups import OUT, ChannelGroup, Member
@@ -26,7 +26,7 @@ class Scoring:
     unet: Any
     groups: tuple[ChannelGroup, ...]
     scheduler: Any
-    images: Images | None
+    images: TrainingSet | None
     recipe: PruneRecipe
     bar: progress.Bar = progress.no_bar
 

@@ -1,55 +1,60 @@
 """Images to score, fit and measure a network on, and its denoising loss on the same ones every time."""
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpctl.data import Images, open_data, require_pixels
-from dpctl.diffusion import denoising_loss, noise_for, require_image_to_image, sample_generator
+from dpctl import environment, progress
+from dpctl.data import TrainingSet, open_training_set, require_trainable
+from dpctl.diffusion import denoising_loss, noise_for, sample_generator
 from dpctl.errors import DpctlError
-from dpctl.recipe import PruneRecipe
-from dpctl.signature import sample_size
+from dpctl.models import Model
+from dpctl.recipe import LoopRecipe, PruneRecipe
 
 
-def takes_images(unet: Any) -> bool:
-    """Tell whether images alone give the loss of a network."""
+def takes_data(source: Model) -> bool:
+    """Tell whether a data set gives the loss of a model."""
     with suppress(DpctlError):
-        require_fed(unet, "", "")
+        require_trainable(source)
         return True
     return False
 
 
-def open_images(unet: Any, recipe: PruneRecipe, failed: str, todo: str) -> Images:
-    """Open the recipe's data for a network; a DpctlError says that it `failed` where images alone give no loss."""
-    require_fed(unet, failed, todo)
-    return open_data(recipe.data, channels=unet.config.in_channels, size=sample_size(unet.config))
+def open_images(
+    source: Model, recipe: PruneRecipe, most: int, failed: str, todo: str, bar: progress.Bar = progress.no_bar
+) -> TrainingSet:
+    """Open the recipe's data for a model, of which `most` are encoded where it works in latent space.
+
+    A DpctlError says that it `failed` where no data set gives the model's loss.
+    """
+    require_fed(source, failed, todo)
+    seen = LoopRecipe(data=recipe.data, seed=recipe.seed, flip=False)
+    return open_training_set(source, seen, cache=environment.cache("data"), bar=bar, most=most)
 
 
-def require_fed(unet: Any, failed: str, todo: str) -> None:
-    """Raise a DpctlError, which says that it `failed`, unless images alone give the loss of a network."""
+def require_fed(source: Model, failed: str, todo: str) -> None:
+    """Raise a DpctlError, which says that it `failed`, unless a data set gives the loss of a model."""
     try:
-        require_image_to_image(unet.config)
-        require_pixels(unet.config.in_channels)
+        require_trainable(source)
     except DpctlError as problem:
-        raise DpctlError(
-            failed,
-            f"{problem.failed}: {problem.got}",
-            f"{todo}: images alone do not give the loss of such a model",
-        ) from None
+        got = f"{problem.failed}: {problem.got}"
+        raise DpctlError(failed, got, f"{todo}: no data set gives the loss of such a model") from None
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Images [B, C, H, W], noise of their shape and timesteps that every cut is measured on."""
+    """Clean samples [B, C, H, W], their conditions, noise and the timesteps that every cut is measured on."""
 
     scheduler: Any
     clean: Tensor
     noise: Tensor
     timesteps: tuple[int, ...]
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loss(self, unet: Any) -> float:
         """Return the mean denoising loss over images and timesteps. Raises a DpctlError where it is not finite."""
@@ -57,7 +62,8 @@ class Probe:
         for t in self.timesteps:
             with torch.no_grad():
                 timesteps = torch.full((len(self.clean),), t, dtype=torch.long, device=self.clean.device)
-                total += float(denoising_loss(unet, self.scheduler, self.clean, self.noise, timesteps).mean())
+                given = (self.clean, self.noise, timesteps, self.conditions)
+                total += float(denoising_loss(unet, self.scheduler, *given).mean())
         if not math.isfinite(total):
             raise DpctlError(
                 "the denoising loss is not finite",
@@ -68,13 +74,21 @@ class Probe:
 
 
 def open_probe(
-    unet: Any, scheduler: Any, images: Images, *, count: int, timesteps: int, seed: int, stream: str = "sensitivity"
+    unet: Any,
+    scheduler: Any,
+    images: TrainingSet,
+    *,
+    count: int,
+    timesteps: int,
+    seed: int,
+    stream: str = "sensitivity",
 ) -> Probe:
     """Return the probe of a seed: `count` images, and timesteps in the middle of equal parts of the schedule."""
     order = torch.randperm(len(images), generator=sample_generator(seed, 0, f"{stream}-images"))[:count].tolist()
     device = next(unet.parameters()).device
-    clean = images.batch(order).to(device)
-    noise = noise_for(seed, order, clean.shape[1:], f"{stream}-noise").to(device)
+    seen = images.plain(order).to(device)
+    noise = noise_for(seed, order, seen.clean.shape[1:], f"{stream}-noise").to(device)
     total = int(scheduler.config.num_train_timesteps)
     parts = min(timesteps, total)
-    return Probe(scheduler, clean, noise, tuple((2 * part + 1) * total // (2 * parts) for part in range(parts)))
+    middles = tuple((2 * part + 1) * total // (2 * parts) for part in range(parts))
+    return Probe(scheduler, seen.clean, noise, middles, seen.conditions)

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpctl import progress
 from dpctl.blocks import block_of, by_block
-from dpctl.data import Images
+from dpctl.data import TrainingSet
 from dpctl.prune.criteria import magnitude
 from dpctl.prune.groups import ChannelGroup, Groups, find_groups
 from dpctl.prune.importance import Scoring
@@ -22,7 +22,7 @@ IMAGES, TIMESTEPS = 8, 4
 def scan(
     unet: Any,
     scheduler: Any,
-    images: Images,
+    images: TrainingSet,
     *,
     fractions: Sequence[float] = FRACTIONS,
     align: int = 8,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpctl import registry
-from dpctl.data import open_data
+from dpctl.data import Pixels, open_data
 from dpctl.errors import DpctlError
 from dpctl.prune import CRITERIA
 from dpctl.prune.gradients import Draws, Weighting, each_gradient
@@ -26,7 +26,7 @@ RECIPE = PruneRecipe(ratio=0.5, images=8, batch_size=4, timesteps=4, threshold=N
 
 @pytest.fixture
 def scoring(toy_model: Any, toy_images: Path) -> Scoring:
-    images = open_data(str(toy_images), channels=1, size=(8, 8))
+    images = Pixels(open_data(str(toy_images), channels=1, size=(8, 8)))
     return Scoring(toy_model.unet, find_groups(toy_model.unet).prunable, toy_model.scheduler, images, RECIPE)
 
 

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpctl.data import ArrayImages, Images, open_data
+from dpctl.data import ArrayImages, Pixels, TrainingSet, open_data
 from dpctl.diffusion import noise_for, sample_generator
 from dpctl.errors import DpctlError
 from dpctl.prune.gradients import (
@@ -32,8 +32,8 @@ losses_by_timestep = st.dictionaries(st.integers(0, 999), st.floats(0.0, 10.0), 
 
 
 @pytest.fixture
-def images(toy_images: Path) -> Images:
-    return open_data(str(toy_images), channels=1, size=(8, 8))
+def images(toy_images: Path) -> TrainingSet:
+    return Pixels(open_data(str(toy_images), channels=1, size=(8, 8)))
 
 
 def wish(**changed: Any) -> Draws:
@@ -42,7 +42,7 @@ def wish(**changed: Any) -> Draws:
     return Draws(weighting=weighting, **wanted)
 
 
-def run(model: Any, data: Images, **changed: Any) -> tuple[Active, list[dict[str, torch.Tensor]]]:
+def run(model: Any, data: TrainingSet, **changed: Any) -> tuple[Active, list[dict[str, torch.Tensor]]]:
     """Return the timesteps that counted and every gradient."""
     advance = changed.pop("advance", lambda steps=1, **_: None)
     found: list[dict[str, torch.Tensor]] = []
@@ -119,12 +119,12 @@ def test_the_grid_is_even_over_the_whole_schedule(count: int, total: int) -> Non
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.97])
-def test_a_gradient_is_that_of_its_images_losses(toy_model: Any, images: Images, threshold: float) -> None:
+def test_a_gradient_is_that_of_its_images_losses(toy_model: Any, images: TrainingSet, threshold: float) -> None:
     """DDPM equation 14 written out, each image at a timestep of its own, and autograd once a batch."""
     active, found = run(toy_model, images, threshold=threshold)
     order, timesteps = draw(images, toy_model.scheduler, active, wish(threshold=threshold))
     assert order == torch.randperm(48, generator=sample_generator(0, 0, "score-images"))[:8].tolist()
-    clean, noise = images.batch(order), noise_for(0, range(8), (1, 8, 8), "score-noise")
+    clean, noise = images.plain(order).clean, noise_for(0, range(8), (1, 8, 8), "score-noise")
     alphas = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 100), 0)[timesteps][:, None, None, None]
     noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
 
@@ -139,7 +139,7 @@ def test_a_gradient_is_that_of_its_images_losses(toy_model: Any, images: Images,
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 4, "accumulation": 2}, {"batch_size": 3, "accumulation": 3}])
 def test_accumulation_gives_the_gradient_of_one_large_batch(
-    toy_model: Any, images: Images, sizes: dict[str, int]
+    toy_model: Any, images: TrainingSet, sizes: dict[str, int]
 ) -> None:
     _, (whole,) = run(toy_model, images, batch_size=8)
     _, (added,) = run(toy_model, images, **sizes)
@@ -147,12 +147,12 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_batches_that_do_not_go_up_are_of_nearly_one_size(toy_model: Any, images: Images) -> None:
+def test_batches_that_do_not_go_up_are_of_nearly_one_size(toy_model: Any, images: TrainingSet) -> None:
     assert len(run(toy_model, images, images=10, batch_size=4)[1]) == 3  # 3 + 3 + 4
     assert len(run(toy_model, images, images=10, batch_size=16)[1]) == 1
 
 
-def test_a_threshold_takes_some_of_the_timesteps(toy_model: Any, images: Images) -> None:
+def test_a_threshold_takes_some_of_the_timesteps(toy_model: Any, images: TrainingSet) -> None:
     # An untrained network's losses hardly fall with t: the threshold is high.
     everything, some = run(toy_model, images)[0], run(toy_model, images, threshold=0.97)[0]
     assert everything.timesteps == (0, 20, 40, 60, 80)
@@ -162,10 +162,12 @@ def test_a_threshold_takes_some_of_the_timesteps(toy_model: Any, images: Images)
     assert some.timesteps == active_timesteps(some.losses, 0.97)
 
 
-def test_losses_are_looked_up_with_the_same_images_and_noise_at_every_timestep(toy_model: Any, images: Images) -> None:
+def test_losses_are_looked_up_with_the_same_images_and_noise_at_every_timestep(
+    toy_model: Any, images: TrainingSet
+) -> None:
     found = find_active(toy_model.unet, toy_model.scheduler, images, wish(threshold=0.5, batch_size=3)).losses
     order = torch.randperm(48, generator=sample_generator(0, 0, "score-losses"))[:8].tolist()
-    clean, noise = images.batch(order), noise_for(0, range(8), (1, 8, 8), "score-losses")
+    clean, noise = images.plain(order).clean, noise_for(0, range(8), (1, 8, 8), "score-losses")
     for t, loss in found.items():
         noisy = toy_model.scheduler.add_noise(clean, noise, torch.full((8,), t))
         with torch.no_grad():
@@ -191,7 +193,7 @@ def test_timesteps_are_spread_evenly_over_those_that_count(count: int, parts: in
     assert max(order.count(i) for i in range(7)) - min(order.count(i) for i in range(7)) <= 1
 
 
-def test_the_same_seed_gives_the_same_bits(toy_model: Any, images: Images) -> None:
+def test_the_same_seed_gives_the_same_bits(toy_model: Any, images: TrainingSet) -> None:
     one = run(toy_model, images, threshold=0.97)
     torch.manual_seed(99)  # the global generator plays no part
     other = run(toy_model, images, threshold=0.97)
@@ -200,7 +202,7 @@ def test_the_same_seed_gives_the_same_bits(toy_model: Any, images: Images) -> No
     assert not same(one[1][0], run(toy_model, images, seed=1)[1][0])
 
 
-def test_nothing_stays_behind_in_the_model(toy_model: Any, images: Images) -> None:
+def test_nothing_stays_behind_in_the_model(toy_model: Any, images: TrainingSet) -> None:
     before = {name: value.clone() for name, value in toy_model.unet.state_dict().items()}
     run(toy_model, images)
 
@@ -215,13 +217,13 @@ def test_nothing_stays_behind_in_the_model(toy_model: Any, images: Images) -> No
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_it_scores_what_the_network_was_trained_to_predict(toy_model: Any, images: Images, kind: str) -> None:
+def test_it_scores_what_the_network_was_trained_to_predict(toy_model: Any, images: TrainingSet, kind: str) -> None:
     toy_model = dataclasses.replace(toy_model, scheduler=DDPMScheduler(num_train_timesteps=100, prediction_type=kind))
     _, (found,) = run(toy_model, images, images=2)
     order, timesteps = draw(
         images, toy_model.scheduler, Active((0, 20, 40, 60, 80), (0, 20, 40, 60, 80), {}), wish(images=2)
     )
-    clean, noise = images.batch(order), noise_for(0, range(2), (1, 8, 8), "score-noise")
+    clean, noise = images.plain(order).clean, noise_for(0, range(2), (1, 8, 8), "score-noise")
     alphas = toy_model.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     target = {
         "epsilon": noise,
@@ -235,7 +237,7 @@ def test_it_scores_what_the_network_was_trained_to_predict(toy_model: Any, image
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_progress_is_told_image_by_image(toy_model: Any, images: Images, threshold: float) -> None:
+def test_progress_is_told_image_by_image(toy_model: Any, images: TrainingSet, threshold: float) -> None:
     told: list[int] = []
     run(toy_model, images, threshold=threshold, advance=lambda steps=1, **_: told.append(steps))
     assert sum(told) == wish(threshold=threshold).work(toy_model.scheduler) == (8 + 5 * 8 if threshold else 8)
@@ -261,7 +263,7 @@ def test_a_gradient_that_is_not_finite_is_named(bad: float) -> None:
         require_finite({"a.weight": good, "b.bias": torch.tensor([1.0, bad])}, "timestep 7")
 
 
-def test_a_backward_pass_that_overflows_is_explained(toy_model: Any, images: Images) -> None:
+def test_a_backward_pass_that_overflows_is_explained(toy_model: Any, images: TrainingSet) -> None:
     # Small activations times large weights: the loss can be held in float32, its gradient cannot.
     unet = toy_model.unet
     with torch.no_grad():
@@ -274,7 +276,7 @@ def test_a_backward_pass_that_overflows_is_explained(toy_model: Any, images: Ima
         run(toy_model, images)
 
 
-def test_a_loss_that_overflows_is_explained(toy_model: Any, images: Images) -> None:
+def test_a_loss_that_overflows_is_explained(toy_model: Any, images: TrainingSet) -> None:
     with torch.no_grad():
         toy_model.unet.conv_out.weight.mul_(1e20)
     for threshold in (0.0, 0.5):  # found by the batch that it is in, or when the losses are looked up
@@ -286,6 +288,6 @@ def test_a_fourier_embedding_is_never_asked_for_the_logarithm_of_zero(families: 
     unet = families["ncsnpp"]()
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
     model = dataclasses.replace(toy_model, unet=unet, scheduler=DDPMScheduler(num_train_timesteps=4))
-    active, found = run(model, ArrayImages("noise", pixels), images=6, timesteps=4, threshold=0.01)
+    active, found = run(model, Pixels(ArrayImages("noise", pixels)), images=6, timesteps=4, threshold=0.01)
     assert active.grid == (1, 2, 3)
     assert all(bool(gradient.isfinite().all()) for gradients in found for gradient in gradients.values())

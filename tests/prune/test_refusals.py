@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpctl import registry
-from dpctl.data import open_data
+from dpctl.data import Pixels, open_data
 from dpctl.errors import DpctlError
 from dpctl.prune import CRITERIA, check, preview, prune, prune_unet
 from dpctl.prune.groups import find_groups
@@ -142,7 +142,7 @@ def test_a_criterion_reads_what_it_says_it_reads(toy_model: Any, toy_images: Pat
     # The losses of an untrained network hardly fall with t: a threshold of 0.97 leaves some timesteps out.
     other = {"weighting": "early", "threshold": 0.97, "reduction": "abs-sum"}[entry]
     criterion = registry.load(CRITERIA, name, "criterion")
-    images = open_data(str(toy_images), channels=1, size=(8, 8))
+    images = Pixels(open_data(str(toy_images), channels=1, size=(8, 8)))
     recipes = (recipe := PruneRecipe(name, ratio=0.5, images=4, timesteps=4), replace(recipe, **{entry: other}))
     groups = find_groups(toy_model.unet).prunable
     one, another = (criterion.score(Scoring(toy_model.unet, groups, toy_model.scheduler, images, r)) for r in recipes)

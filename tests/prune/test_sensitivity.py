@@ -11,7 +11,7 @@ import torch
 from dpctl import artifact
 from dpctl import prune as pruning
 from dpctl.blocks import by_block
-from dpctl.data import Images, open_data
+from dpctl.data import Pixels, TrainingSet, open_data
 from dpctl.errors import DpctlError
 from dpctl.finetune import finetune
 from dpctl.prune.groups import ChannelGroup, find_groups
@@ -23,8 +23,8 @@ GROUP = "mid_block.resnets.0.conv1"
 
 
 @pytest.fixture(scope="module")
-def images(toy_images: Path) -> Images:
-    return open_data(str(toy_images), channels=1, size=(8, 8))
+def images(toy_images: Path) -> TrainingSet:
+    return Pixels(open_data(str(toy_images), channels=1, size=(8, 8)))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def group(toy_unet: Any) -> ChannelGroup:
     return next(found for found in find_groups(toy_unet).prunable if found.name == GROUP)
 
 
-def small(model: Any, images: Images, **changed: Any) -> dict[str, Any]:
+def small(model: Any, images: TrainingSet, **changed: Any) -> dict[str, Any]:
     return scan(model.unet, model.scheduler, images, **{"count": 2, "timesteps": 2} | changed)
 
 
@@ -43,21 +43,21 @@ def losses(found: dict[str, Any], name: str) -> list[float]:
 # --- oracles -----------------------------------------------------------------------------------------------------
 
 
-def test_cutting_nothing_gives_exactly_the_base_loss(toy_model: Any, images: Images) -> None:
+def test_cutting_nothing_gives_exactly_the_base_loss(toy_model: Any, images: TrainingSet) -> None:
     probe = open_probe(toy_model.unet, toy_model.scheduler, images, count=2, timesteps=2, seed=0)
     base = probe.loss(toy_model.unet)
     for group in find_groups(toy_model.unet).prunable:
         assert probe.loss(cut_one(toy_model.unet, group, range(group.width))) == base, group.name
 
 
-def test_a_group_that_nothing_reads_can_go_without_a_trace(toy_model: Any, images: Images) -> None:
+def test_a_group_that_nothing_reads_can_go_without_a_trace(toy_model: Any, images: TrainingSet) -> None:
     toy_model.unet.get_submodule("mid_block.resnets.0.conv2").weight.data.zero_()
     found = small(toy_model, images)
     assert len(losses(found, GROUP)) == len(FRACTIONS)
     assert losses(found, GROUP) == pytest.approx([found["base_loss"]] * len(FRACTIONS), rel=1e-5)
 
 
-def test_a_group_on_which_all_depends_is_the_most_sensitive(toy_model: Any, images: Images) -> None:
+def test_a_group_on_which_all_depends_is_the_most_sensitive(toy_model: Any, images: TrainingSet) -> None:
     # Two channels alike in all that makes them, read with opposite large weights: together nothing, alone a disaster.
     unet = toy_model.unet
     last = unet.get_submodule("up_blocks.1.resnets.1")
@@ -76,7 +76,7 @@ def test_a_group_on_which_all_depends_is_the_most_sensitive(toy_model: Any, imag
 
 
 def test_each_loss_is_that_of_the_network_with_this_one_group_cut(
-    toy_model: Any, images: Images, group: ChannelGroup
+    toy_model: Any, images: TrainingSet, group: ChannelGroup
 ) -> None:
     scores = {found.name: list(range(found.width)) for found in find_groups(toy_model.unet).prunable}
     found = small(toy_model, images, scores=scores)
@@ -92,7 +92,7 @@ def test_each_loss_is_that_of_the_network_with_this_one_group_cut(
 # --- what is cut and told ----------------------------------------------------------------------------------------
 
 
-def test_rows_are_in_the_order_of_data_and_say_what_was_cut(toy_model: Any, images: Images) -> None:
+def test_rows_are_in_the_order_of_data_and_say_what_was_cut(toy_model: Any, images: TrainingSet) -> None:
     found = small(toy_model, images)
     widths = {group.name: group.width for group in find_groups(toy_model.unet).prunable}
     told = [(row["group"], row["block"], row["width"], row["kept"]) for row in found["rows"]]
@@ -107,7 +107,7 @@ def test_rows_are_in_the_order_of_data_and_say_what_was_cut(toy_model: Any, imag
     }  # fmt: skip
 
 
-def test_a_width_is_measured_once_and_the_full_one_never(toy_model: Any, images: Images) -> None:
+def test_a_width_is_measured_once_and_the_full_one_never(toy_model: Any, images: TrainingSet) -> None:
     rows = small(toy_model, images, align=16)["rows"]
     assert {(row["width"], row["kept"]) for row in rows} == {(32, 16), (64, 48), (64, 32), (64, 16)} | {
         (128, kept) for kept in (96, 64, 32)
@@ -115,19 +115,19 @@ def test_a_width_is_measured_once_and_the_full_one_never(toy_model: Any, images:
     assert len({(row["group"], row["kept"]) for row in rows}) == len(rows)
 
 
-def test_a_seed_gives_the_same_and_another_one_others(toy_model: Any, images: Images) -> None:
+def test_a_seed_gives_the_same_and_another_one_others(toy_model: Any, images: TrainingSet) -> None:
     one, other = (small(toy_model, images, seed=seed) for seed in (3, 4))
     assert small(toy_model, images, seed=3) == one
     assert one["base_loss"] != other["base_loss"]
 
 
-def test_the_network_is_not_changed(toy_model: Any, images: Images) -> None:
+def test_the_network_is_not_changed(toy_model: Any, images: TrainingSet) -> None:
     before = {name: value.clone() for name, value in toy_model.unet.state_dict().items()}
     small(toy_model, images)
     assert all(torch.equal(before[name], value) for name, value in toy_model.unet.state_dict().items())
 
 
-def test_a_loss_that_is_not_finite_is_explained(toy_model: Any, images: Images) -> None:
+def test_a_loss_that_is_not_finite_is_explained(toy_model: Any, images: TrainingSet) -> None:
     toy_model.unet.conv_out.bias.data.fill_(float("inf"))
     with pytest.raises(DpctlError, match="not finite"):
         small(toy_model, images)
@@ -161,13 +161,13 @@ def test_a_preview_scans_nothing(toy_pipeline: Path) -> None:
 def test_a_model_whose_loss_images_do_not_give_is_refused(
     make_unet: Callable[..., Any], toy_images: Path, tmp_path: Path
 ) -> None:
-    make_unet(num_class_embeds=3).save_pretrained(tmp_path / "model" / "unet")
+    make_unet(out_channels=2).save_pretrained(tmp_path / "model" / "unet")
     for ask in (
         lambda: pruning.scan(str(tmp_path / "model"), str(toy_images)),
         lambda: pruning.prune(
             str(tmp_path / "model"), tmp_path / "out", replace(HALF, data=str(toy_images), compensate=False)
         ),
     ):
-        with pytest.raises(DpctlError, match="(?s)sensitivity of this model cannot be scanned.*num_class_embeds 3"):
+        with pytest.raises(DpctlError, match="(?s)sensitivity of this model cannot be scanned.*2 output channels"):
             ask()
     assert artifact.read_manifest(tmp_path / "out") is None
