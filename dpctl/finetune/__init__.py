@@ -30,7 +30,6 @@ from dpctl.models import (
 from dpctl.recipe import (
     CROPS,
     MIXED_PRECISIONS,
-    OPTIMIZERS,
     TIMESTEP_SAMPLINGS,
     TRACKERS,
     FinetuneRecipe,
@@ -42,7 +41,6 @@ from dpctl.signature import sample_size
 
 CHOICES = {
     "mixed_precision": MIXED_PRECISIONS,
-    "optimizer": OPTIMIZERS,
     "timestep_sampling": TIMESTEP_SAMPLINGS,
     "crop": CROPS,
     "tracker": TRACKERS,
