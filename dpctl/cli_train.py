@@ -35,6 +35,12 @@ MinSnrGamma = Annotated[
 TimestepSampling = Annotated[
     str, typer.Option("--timestep-sampling", help="uniform, antithetic or importance (by the loss so far).")
 ]
+Prompts = Annotated[
+    str | None,
+    typer.Option(help="What the teacher draws under --data teacher: a text file, a line each.", show_default=False),
+]
+Drawn = Annotated[int, typer.Option(help="Images that the teacher draws under --data teacher.")]
+DrawnSteps = Annotated[int, typer.Option(help="Steps that it draws each of them in.")]
 Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror every other image, left to right.")]
 Crop = Annotated[str, typer.Option("--crop", help="Which part of an image of another shape: center or random.")]
 MaxBroken = Annotated[
@@ -70,10 +76,9 @@ def finetune(
     min_snr_gamma: MinSnrGamma = FINETUNE.min_snr_gamma,
     timestep_sampling: TimestepSampling = FINETUNE.timestep_sampling,
     data: options.Data = FINETUNE.data,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="What the teacher draws under --data teacher: a text file, a line each.", show_default=False),
-    ] = FINETUNE.prompts,
+    prompts: Prompts = FINETUNE.prompts,
+    drawn: Drawn = FINETUNE.drawn,
+    drawn_steps: DrawnSteps = FINETUNE.drawn_steps,
     flip: Flip = FINETUNE.flip,
     crop: Crop = FINETUNE.crop,
     max_broken: MaxBroken = FINETUNE.max_broken,

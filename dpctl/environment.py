@@ -33,6 +33,12 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def cache(name: str) -> Path:
+    """Return the user's folder of what can be made again: below $XDG_CACHE_HOME, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dpctl" / name
+
+
 def import_openvino() -> ModuleType:
     """Import OpenVINO without its telemetry: left alone, importing it reports that to Google Analytics.
 

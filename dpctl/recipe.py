@@ -90,8 +90,9 @@ class FinetuneRecipe(LoopRecipe):
     """`dpctl finetune`: the teacher is the pruned model's parent unless named; weights of 0 switch it off.
 
     The loss is `denoising` times the denoising error, plus `distillation` times the error to the teacher's output, plus
-    `feature_distillation` times the error to the outputs of its blocks. `prompts` is a text file, one per line, from
-    which the teacher draws the training images (`data = "teacher"`).
+    `feature_distillation` times the error to the outputs of its blocks. With `data = "teacher"` the teacher draws
+    the training images itself, `drawn` of them in `drawn_steps` steps each; `prompts` is a text file, one per line, of
+    what it draws if it draws what a text says.
     """
 
     teacher: str = "parent"
@@ -99,6 +100,8 @@ class FinetuneRecipe(LoopRecipe):
     distillation: float = 3.0
     feature_distillation: float = 0.0
     prompts: str | None = None
+    drawn: int = 1024
+    drawn_steps: int = 50
     from_scratch: bool = False
 
 

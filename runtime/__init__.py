@@ -8,9 +8,10 @@ import torch
 from dpctl import registry
 from dpctl.errors import DpctlError
 from dpctl.models import resolve
+from dpctl.pipelines import pipeline_class
 from runtime.denoiser import Denoiser
 from runtime.noise import image_generators
-from runtime.pipeline import DenoiserUNet, assemble, pipeline_class
+from runtime.pipeline import DenoiserUNet, assemble
 from runtime.sampler import sample
 from runtime.schedulers import check_scheduler, make_scheduler
 

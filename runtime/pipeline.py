@@ -8,25 +8,19 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpctl.errors import DpctlError
-from dpctl.models import read_index
+from dpctl.pipelines import UNLOADABLE, cannot_be_loaded
 from runtime.denoiser import Denoiser, begin
 from runtime.noise import image_generators
 
 # Of `added_cond_kwargs`: what the signature names. `image_embeds` and the like belong to IP-Adapter.
 ADDED = ("text_embeds", "time_ids")
-LIBRARIES = ("diffusers", "transformers")
-UNLOADABLE = (
-    *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError),
-    SafetensorError,
-)
 
 
 class DenoiserUNet(nn.Module):
@@ -131,48 +125,6 @@ def _fixed(what: str) -> DpctlError:
     return DpctlError(f"{what} cannot be attached to a network on a backend", "a network without weights here", todo)
 
 
-def pipeline_class(directory: Path) -> Any:
-    """Return diffusers' class of a pipeline directory.
-
-    Raises a DpctlError for what is none, for unconditional pipelines without a VAE, which sample through our own loop,
-    and for components that need code other than diffusers' and transformers'.
-    """
-    import diffusers
-
-    index = read_index(directory)
-    kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
-    if getattr(kind, "_backends", None):  # what stands in for a class whose library is missing
-        todo = "pip install 'dpctl-diffusion[text]'"
-        raise DpctlError("this pipeline needs other libraries", f"{kind.__name__}: {kind._backends}", todo)
-    known = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
-    if not known:
-        got = f"{index.get('_class_name')!r} in {directory}"
-        raise DpctlError("unknown pipeline", got, "bring one of diffusers' own; code in a directory is never run")
-    modules = set(kind._get_signature_keys(kind)[0])
-    if "unet" not in modules or kind._load_connected_pipes:
-        raise DpctlError("this pipeline cannot run on a backend", kind.__name__, "bring one with a UNet of its own")
-    if modules == {"unet", "scheduler"}:
-        todo = "use runtime.sample, or `dpctl sample`: they honour every scheduler, which this pipeline does not"
-        raise DpctlError("unconditional models sample through our own loop", f"{kind.__name__} in {directory}", todo)
-    for name in sorted(modules - {"unet"}):
-        _refuse_foreign(name, index.get(name), directory)
-    return kind
-
-
-def _refuse_foreign(name: str, entry: Any, directory: Path) -> None:
-    """Raise a DpctlError unless an entry of the index is absent or a class of diffusers or transformers."""
-    from diffusers import pipelines
-
-    if entry is None or entry == [None, None]:
-        return
-    named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    known = named and (entry[0] in LIBRARIES or isinstance(getattr(pipelines, entry[0], None), ModuleType))
-    # transformers' Auto classes ask whether to run code that a config names; pipelines within one read what they like.
-    if not known or "Pipeline" in entry[1] or (entry[0] == "transformers" and entry[1].startswith("Auto")):
-        got = f"{name}: {entry} in {directory}"
-        raise DpctlError("a component is not of diffusers or transformers", got, "save the pipeline with their classes")
-
-
 def assemble(kind: Any, directory: Path, unet: DenoiserUNet) -> Any:
     """Load the other components of a pipeline directory, on the network's device, and put the pipeline together.
 
@@ -187,9 +139,7 @@ def assemble(kind: Any, directory: Path, unet: DenoiserUNet) -> Any:
         kept = {name: parts.config[name] for name in options if name in parts.config}
         pipe = _seeded(kind)(**{**parts.components, "unet": unet}, **kept)
     except UNLOADABLE as problem:
-        said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        todo = "install what it names, or save the pipeline again as safetensors"
-        raise DpctlError("the pipeline cannot be loaded", f"{directory}: {said}", todo) from None
+        raise cannot_be_loaded(directory, problem) from None
     pipe.register_to_config(_name_or_path=str(directory))
     return pipe.to(unet.device)
 
@@ -216,11 +166,6 @@ def _seeded(kind: Any) -> Any:
             del scheduler.step
 
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "__call__": seeded})
-
-
-def takes_text(kind: Any) -> bool:
-    """Tell whether a class of pipelines draws what a text says."""
-    return "prompt" in inspect.signature(kind.__call__).parameters
 
 
 def draw_images(
@@ -253,14 +198,3 @@ def draw_images(
         got = f"NaN or Inf after {num_inference_steps} steps"
         raise DpctlError("the images are not finite", got, "use another scheduler or number of steps")
     return images.contiguous()
-
-
-def hide_progress() -> None:
-    """Leave the terminal to our own progress bar."""
-    import diffusers
-
-    diffusers.utils.logging.disable_progress_bar()
-    if diffusers.utils.is_transformers_available():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()

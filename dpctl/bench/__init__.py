@@ -20,6 +20,7 @@ from dpctl.bench.measuring import Measurement, Run
 from dpctl.bench.metrics._features import FeatureSpace
 from dpctl.bench.process import Worker
 from dpctl.bench.result import SCHEMA_VERSION, BenchResult, Model
+from dpctl.data import read_prompts
 from dpctl.errors import DpctlError
 from dpctl.models import resolve
 from dpctl.recipe import BenchRecipe, ExportRecipe, to_dict
@@ -46,7 +47,7 @@ def run_bench(
     """
     check(recipe)
     models = subjects.describe(recipe)
-    prompts = painter.read_prompts(Path(recipe.prompts)) if recipe.prompts is not None else ()
+    prompts = read_prompts(Path(recipe.prompts)) if recipe.prompts is not None else ()
     for model in models:
         painter.check_prompts(resolve(model.source), prompts, recipe.guidance_scale)
     subjects.require_one_shape(models)

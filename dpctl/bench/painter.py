@@ -20,9 +20,10 @@ from dpctl import registry
 from dpctl.bench.result import DENOISER, OTHER, PARTS, SCHEDULER, TEXT_ENCODER, VAE
 from dpctl.errors import DpctlError
 from dpctl.models import decoder_of, load_scheduler
+from dpctl.pipelines import hide_progress, pipeline_class, takes_text
 from runtime import BACKENDS, load_pipeline, make_scheduler, open_denoiser, sample
 from runtime.denoiser import Denoiser
-from runtime.pipeline import draw_images, hide_progress, pipeline_class, takes_text
+from runtime.pipeline import draw_images
 
 STEP = "step"
 GIVEN = "--prompt TEXT (`dpctl sample`), or --prompts FILE with one per line (`dpctl bench`)"
@@ -248,18 +249,3 @@ def check_prompts(directory: Path, prompts: Sequence[str], guidance_scale: float
         raise DpctlError("guidance is towards a text", f"--guidance-scale {guidance_scale}", f"give one: {GIVEN}")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise DpctlError("the guidance scale is not a finite number", str(guidance_scale), "give one, such as 7.5")
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the prompts of a text file, one per line; empty lines do not count."""
-    todo = "give a text file in UTF-8, one prompt per line"
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as problem:
-        raise DpctlError("the prompts cannot be read", f"{path}: {problem.strerror}", todo) from None
-    except ValueError as problem:
-        raise DpctlError("the prompts are not text", f"{path}: {problem}", todo) from None
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
-        raise DpctlError("there are no prompts", f"{path}: {len(lines)} lines, all empty", todo)
-    return found

@@ -1,7 +1,6 @@
 """What is measured: each model on each backend. What is not exported yet is exported into a cache first."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,9 +229,8 @@ def _intact(directory: Path, model: Model, largest: int, backend: str, precision
 
 
 def cache() -> Path:
-    """Return the folder of exports made for measurements: below $XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dpctl" / "exported"
+    """Return the folder of exports made for measurements."""
+    return environment.cache("exported")
 
 
 def largest_batch(entry: Entry, count: int) -> int:

@@ -4,7 +4,9 @@ from dpctl.data.archive import ArrayImages
 from dpctl.data.batch import Batch, Labelled, Pixels, TrainingSet
 from dpctl.data.folder import FolderImages
 from dpctl.data.images import Images, Pictures, View, draw_views, to_bytes
+from dpctl.data.prompts import read_prompts
 from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
+from dpctl.data.training import open_pixels, open_training_set
 
 __all__ = [
     "REFERENCE_IMAGES",
@@ -19,6 +21,9 @@ __all__ = [
     "View",
     "draw_views",
     "open_data",
+    "open_pixels",
+    "open_training_set",
+    "read_prompts",
     "require_pixels",
     "to_bytes",
 ]

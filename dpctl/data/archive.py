@@ -1,5 +1,6 @@
 """Images held in memory, and the `.npz` that they come from."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ class ArrayImages(Source):
                 pixels[row] = pixels[row].flip(-1)
         frame = (*self._pixels.shape[2:], 0, 0)
         return Pictures(pixels, torch.tensor([frame] * len(indices)), list(indices))
+
+    def identity(self) -> str:
+        return f"{self._pixels.shape} {hashlib.sha256(np.ascontiguousarray(self._pixels).data).hexdigest()}"
 
 
 def open_archive(path: Path, name: str, channels: int, size: tuple[int, int]) -> ArrayImages:

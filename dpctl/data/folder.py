@@ -1,5 +1,6 @@
 """A folder of images, its sub-folders too."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,16 @@ class FolderImages(DecodedImages):
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def identity(self) -> str:
+        """Return a digest of the paths below the folder, the sizes of the files and when they were written."""
+        whole = hashlib.sha256()
+        for path in self._paths:
+            told = Path(path).stat()
+            whole.update(
+                f"{path.removeprefix(self.name)}\0{told.st_size} {told.st_mtime_ns}\n".encode(errors="surrogateescape")
+            )
+        return whole.hexdigest()
 
     def check(self, most: int = CHECKED) -> None:
         """Look into `most` of the files, evenly spread: a DpctlError where more are broken than may be.

@@ -35,6 +35,9 @@ class TableImages(DecodedImages):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def identity(self) -> str:
+        return f"{self._column} {self._rows._fingerprint}"
+
     def _open(self, index: int) -> Image.Image:
         cell = self._rows[index][self._column]
         if cell is None:

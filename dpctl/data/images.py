@@ -71,6 +71,9 @@ class Images(Protocol):
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Return the caption of each image; a DpctlError where the source has none."""
 
+    def identity(self) -> str:
+        """Return a text that is another one as soon as the images are others: what is cached of them belongs to it."""
+
 
 @dataclass(frozen=True)
 class Told:
@@ -109,6 +112,9 @@ class Source:
             if not isinstance(caption, str):
                 raise DpctlError("a caption is no text", f"{self.name}, image {index}: {caption!r}", "give it a text")
         return captions
+
+    def identity(self) -> str:
+        raise NotImplementedError
 
     def _where(self) -> str:
         return f"{self.name} ({self._told.about})" if self._told.about else self.name

@@ -1,5 +1,6 @@
 """Train a UNet from nothing, or finetune a pruned one with its unpruned teacher: the same loop."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -7,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, cost, progress
+from dpctl import artifact, cost, environment, progress
 from dpctl.artifact import Manifest
-from dpctl.data import Labelled, Pixels, TrainingSet, open_data
-from dpctl.diffusion import require_image_to_image
+from dpctl.data import TrainingSet, open_pixels, open_training_set
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
@@ -37,8 +37,8 @@ from dpctl.recipe import (
     TrainRecipe,
     to_dict,
 )
-from dpctl.signature import sample_size
 
+TEACHER = "teacher"  # the data that it draws itself
 CHOICES = {
     "mixed_precision": MIXED_PRECISIONS,
     "timestep_sampling": TIMESTEP_SAMPLINGS,
@@ -68,7 +68,7 @@ def train(
     sheets.check(unet.config, None, recipe.sample_every)
     scheduler = diffusers.DDPMScheduler()
     objective = Objective(scheduler, min_snr_gamma=recipe.min_snr_gamma)
-    state = _loop(unet, objective, _examples(unet, recipe), recipe, out, start, None, bar)
+    state = _loop(unet, objective, open_pixels(unet, recipe), recipe, out, start, None, bar)
     if state.ema is None:
         return None
     with artifact.writing(out, force=force) as directory:
@@ -105,8 +105,9 @@ def finetune(
         checkpoint.require_same_parent(start, source.digest, checkpoint.folder_for(out))
     teacher = _teacher(source, recipe)
     unet = build_random(dict(source.unet.config), recipe.seed) if recipe.from_scratch else source.unet
-    objective = open_objective(source, unet, teacher, recipe)
-    state = _loop(unet, objective, _examples(unet, recipe), recipe, out, start, source.digest, bar)
+    objective = open_objective(source, unet, teacher if _is_taught(recipe) else None, recipe)
+    examples = _examples(source, teacher, recipe, bar)
+    state = _loop(unet, objective, examples, recipe, out, start, source.digest, bar)
     if state.ema is None:
         return None
     with artifact.writing(out, force=force) as directory:
@@ -175,6 +176,9 @@ def check(recipe: LoopRecipe) -> None:
     if recipe.patience and not recipe.validation:
         got = f"patience {recipe.patience}, validation 0"
         raise DpctlError("an early stop needs images to judge by", got, "hold some out, e.g. --validation 256")
+    if isinstance(recipe, FinetuneRecipe) and recipe.prompts is not None and recipe.data != TEACHER:
+        todo = "leave --prompts out, or let the teacher draw them with --data teacher"
+        raise DpctlError("prompts are what the teacher draws", f"--data {recipe.data}", todo)
     if isinstance(recipe, FinetuneRecipe) and recipe.denoising == 0.0 and not _is_taught(recipe):
         raise DpctlError(
             "the loss has no term", "all weights are 0", "give one of the loss's weights a positive number"
@@ -196,6 +200,8 @@ def _ranges(recipe: LoopRecipe) -> Iterator[tuple[str, bool, str]]:
     if isinstance(recipe, FinetuneRecipe):
         for name in ("denoising", "distillation", "feature_distillation"):
             yield name, 0.0 <= getattr(recipe, name) < math.inf, "give 0 (without it) or a positive weight"
+        for name in ("drawn", "drawn_steps"):
+            yield name, getattr(recipe, name) >= 1, "give 1 or more"
 
 
 def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -212,14 +218,14 @@ def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Check
     return None
 
 
-def _examples(unet: Any, recipe: LoopRecipe) -> TrainingSet:
-    require_image_to_image(unet.config, labels=True)
-    size = sample_size(unet.config)
-    images = open_data(recipe.data, channels=unet.config.in_channels, size=size, max_broken=recipe.max_broken)
-    classes = unet.config.get("num_class_embeds")
-    if classes is None:
-        return Pixels(images, flip=recipe.flip, crop=recipe.crop)
-    return Labelled(images, classes, flip=recipe.flip, crop=recipe.crop)
+def _examples(source: Model, teacher: Model | None, recipe: FinetuneRecipe, bar: progress.Bar) -> TrainingSet:
+    """Open what a model is finetuned on; the teacher draws it first where the recipe says so."""
+    from dpctl.finetune.drawn import draw
+
+    cache = environment.cache("data")
+    if recipe.data == TEACHER and teacher is not None:
+        recipe = dataclasses.replace(recipe, data=str(draw(teacher, recipe, cache, bar)))
+    return open_training_set(source, recipe, cache=cache, bar=bar)
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -256,7 +262,7 @@ def _is_taught(recipe: FinetuneRecipe) -> bool:
 
 def _teacher(source: Model, recipe: FinetuneRecipe) -> Model | None:
     """Return the teacher, checked against what the manifest says the model was pruned from."""
-    if not _is_taught(recipe):
+    if not _is_taught(recipe) and recipe.data != TEACHER:
         return None
     todo = "name the unpruned model with --teacher, or switch distillation off with --distillation 0"
     if recipe.teacher != "parent":

@@ -15,8 +15,9 @@ from dpctl import bench, cli
 from dpctl.artifact import MANIFEST
 from dpctl.bench import painter, subjects
 from dpctl.bench.document import read_result
-from dpctl.bench.painter import Painter, Times, Watch, open_painter, read_prompts
+from dpctl.bench.painter import Painter, Times, Watch, open_painter
 from dpctl.bench.quality import load_samples
+from dpctl.data import read_prompts
 from dpctl.errors import DpctlError
 from dpctl.models import load_model, load_scheduler
 from dpctl.prune import prune
