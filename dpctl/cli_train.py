@@ -21,7 +21,6 @@ Accumulation = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per step, over all processes and parts.")]
 WarmupSteps = Annotated[int, typer.Option("--warmup-steps", help="Steps in which the learning rate rises to its peak.")]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Decoupled weight decay (AdamW).")]
-Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, or adamw-8bit (a GPU, extra adam8bit).")]
 EmaOnCpu = Annotated[bool, typer.Option("--ema-on-cpu", help="Keep the averaged weights off the GPU.")]
 GradientClip = Annotated[float, typer.Option("--gradient-clip", help="Largest norm of the gradient.")]
 GradientCheckpointing = Annotated[
@@ -90,7 +89,6 @@ def finetune(
     learning_rate: options.LearningRate = FINETUNE.learning_rate,
     warmup_steps: WarmupSteps = FINETUNE.warmup_steps,
     weight_decay: WeightDecay = FINETUNE.weight_decay,
-    optimizer: Optimizer = FINETUNE.optimizer,
     gradient_clip: GradientClip = FINETUNE.gradient_clip,
     gradient_checkpointing: GradientCheckpointing = FINETUNE.gradient_checkpointing,
     ema_decay: options.EmaDecay = FINETUNE.ema_decay,
@@ -136,7 +134,6 @@ def train(
     learning_rate: options.LearningRate = TRAIN.learning_rate,
     warmup_steps: WarmupSteps = TRAIN.warmup_steps,
     weight_decay: WeightDecay = TRAIN.weight_decay,
-    optimizer: Optimizer = TRAIN.optimizer,
     gradient_clip: GradientClip = TRAIN.gradient_clip,
     gradient_checkpointing: GradientCheckpointing = TRAIN.gradient_checkpointing,
     ema_decay: options.EmaDecay = TRAIN.ema_decay,

@@ -18,7 +18,6 @@ SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
 REDUCTIONS = ("sum-abs", "abs-sum")
 FRACTIONS_OF = ("model", "unpruned")
-OPTIMIZERS = ("adamw", "adamw-8bit")
 TIMESTEP_SAMPLINGS = ("uniform", "antithetic", "importance")
 CROPS = ("center", "random")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -47,7 +46,6 @@ class LoopRecipe:
     learning_rate: float = 4e-4
     warmup_steps: int = 20
     weight_decay: float = 0.01
-    optimizer: str = "adamw"
     ema_decay: float = 0.99
     ema_on_cpu: bool = False
     gradient_clip: float = 1.0

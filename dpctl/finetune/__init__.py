@@ -30,7 +30,6 @@ from dpctl.models import (
 from dpctl.recipe import (
     CROPS,
     MIXED_PRECISIONS,
-    OPTIMIZERS,
     TIMESTEP_SAMPLINGS,
     TRACKERS,
     FinetuneRecipe,
@@ -42,7 +41,6 @@ from dpctl.recipe import (
 TEACHER = "teacher"  # the data that it draws itself
 CHOICES = {
     "mixed_precision": MIXED_PRECISIONS,
-    "optimizer": OPTIMIZERS,
     "timestep_sampling": TIMESTEP_SAMPLINGS,
     "crop": CROPS,
     "tracker": TRACKERS,
@@ -60,10 +58,11 @@ def train(
     """
     import diffusers
 
-    from dpctl.finetune import sheets
+    from dpctl.finetune import sheets, trackers
     from dpctl.finetune.loss import Objective
 
     check(recipe)
+    trackers.check(recipe.tracker)
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
     sheets.check(unet.config, None, recipe.sample_every)
@@ -94,10 +93,11 @@ def finetune(
     of distillation are 0. Returns and raises as `train` does; a DpctlError also for a teacher that is missing or does
     not match.
     """
-    from dpctl.finetune import sheets
+    from dpctl.finetune import sheets, trackers
     from dpctl.finetune.loss import open_objective
 
     check(recipe)
+    trackers.check(recipe.tracker)
     start = _start(out, recipe, resume=resume, force=force)
     source = load_model(model)
     sheets.check(source.unet.config, decoder_of(source.directory), recipe.sample_every)

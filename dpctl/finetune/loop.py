@@ -18,7 +18,7 @@ from dpctl import progress
 from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, sample_generator
 from dpctl.errors import StoppedError
-from dpctl.finetune import checkpoint, estimate, guards, processes, sheets, validation
+from dpctl.finetune import checkpoint, estimate, guards, processes, sheets, trackers, validation
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
@@ -66,6 +66,7 @@ def train(
         guards.listening() as asked,
         guards.memory_explained(recipe, split.processes),
         checkpoint.writing(folder, recipe.keep) as writer,
+        trackers.tracking(recipe, accelerator, folder, state.step) as track,
         draws.ahead(state.step, parts) as stream,
     ):
         for step in range(state.step, recipe.steps):
@@ -111,7 +112,9 @@ def train(
             pictures.draw(state, done=done)
             if not done and state.ema is not None and _wants_checkpoint(state, recipe, stop):
                 writer.save(state.checkpoint(to_dict(recipe), parent))
-            advance(1, loss=state.losses[-1], **meter.parts(), grad_norm=norm, **meter.speed())
+            told = {"loss": state.losses[-1], **meter.parts(), "grad_norm": norm}
+            track(state, told | {"learning_rate": learning_rate(step, recipe)})
+            advance(1, **told, **meter.speed())
             if done:
                 break
             if stop:
