@@ -1,8 +1,11 @@
 """Images in latent space: what is cached is what the VAE makes, and training draws from it."""
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,8 +199,6 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, after: int) -> None:
     asked: list[int] = []
 
     def maker(left: int) -> Any:
-        from contextlib import contextmanager
-
         @contextmanager
         def opened() -> Any:
             def make(numbers: range) -> dict[str, np.ndarray]:
@@ -224,8 +225,6 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, after: int) -> None:
 
 @pytest.mark.parametrize("damage", ["rows.json", "short", "other"])
 def test_what_a_cut_off_run_left_is_not_trusted_where_it_cannot_be_right(tmp_path: Path, damage: str) -> None:
-    from contextlib import contextmanager
-
     making = tmp_path / "c.making"
     making.mkdir()
     header = cache._header(np.zeros(2, np.float32), 50 if damage != "other" else 51)
@@ -258,6 +257,72 @@ def test_a_disk_without_room_is_refused_before_the_work(
         opened("posterior")
     assert "1 kB" in caught.value.got
     assert "XDG_CACHE_HOME" in caught.value.todo
+
+
+def test_of_two_processes_one_makes_a_cache_and_the_other_waits(tmp_path: Path) -> None:
+    waits, made = threading.Event(), []
+
+    @contextmanager
+    def maker() -> Any:
+        assert not made, "the one that waited makes it again"
+        made.append(1)
+        # The second is told to wait while the first is at work. (A lock belongs to an open file, not to a process.)
+        second.start()
+        assert waits.wait(60)
+        yield rows_of
+
+    def wait() -> None:
+        found.append(cache.rows(tmp_path / "c", ("a",), 30, maker, what="rows", report=lambda line: waits.set()))
+
+    found: list[cache.Rows] = []
+    second = threading.Thread(target=wait)
+    cache.rows(tmp_path / "c", ("a",), 30, maker, what="rows", report=lambda line: None)
+    second.join(60)
+    assert (found[0]["a"] == rows_of(range(30))["a"]).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_images_are_the_same_ones_as_long_as_nothing_of_them_changes(photos: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra [data] is not installed")
+    paths = sorted(str(path) for path in photos.glob("*.png"))
+
+    def npz(first: int) -> str:
+        images = np.zeros((2, 16, 16, 3), np.uint8)
+        images[0, 0, 0, 0] = first
+        np.savez(tmp_path / "a.npz", images=images)
+        return str(tmp_path / "a.npz")
+
+    def table(first: int) -> str:
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict({"image": paths[first:]}, features=features).save_to_disk(tmp_path / f"table{first}")
+        return str(tmp_path / f"table{first}")
+
+    for source in (npz, table):
+        one, again, other = (open_data(source(n), channels=3, size=SIZE).identity() for n in (0, 0, 1))
+        assert one == again
+        assert one != other
+    here, there = photos, shutil.copytree(photos, tmp_path / "photos")  # with the times of writing
+    assert len({open_data(str(each), channels=3, size=SIZE).identity() for each in (here, there)}) == 1
+    os.utime(there / "3.png", (0, 0))
+    assert len({open_data(str(each), channels=3, size=SIZE).identity() for each in (here, there)}) == 2
+
+
+@torch.no_grad()
+def test_sdxls_centred_latents_are_what_its_pipeline_undoes(photos: Path, tmp_path: Path) -> None:
+    centred = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 2.0, 1.0, 0.8]}
+    directory = save_textual(tmp_path / "model", "StableDiffusionXLPipeline", vae=centred)
+    recipe = LoopRecipe(data=str(photos))
+    clean = open_training_set(load_model(directory), recipe, cache=tmp_path / "cache").plain(range(4)).clean
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(directory)
+    pipe.set_progress_bar_config(disable=True)
+    decoded: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda latents, **options: decoded.append(latents) or decode(latents, **options)
+    pipe.prepare_latents = lambda *_: clean[:1]
+    # No step is taken: it decodes what it was given.
+    pipe("a dog", latents=clean[:1], num_inference_steps=1, guidance_scale=1.0, denoising_end=0.0001)
+    expected = pipe.vae.encode(pixels(photos, [View()])).latent_dist.mean
+    torch.testing.assert_close(decoded[0], expected, rtol=1e-3, atol=1e-4)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
