@@ -90,8 +90,8 @@ def test_a_finetune_that_was_stopped_goes_on(
     saved: list[int] = []
     real = checkpoint.save
 
-    def save_then_stop(folder: Path, state: checkpoint.Checkpoint) -> Path:
-        path = real(folder, state)
+    def save_then_stop(folder: Path, state: checkpoint.Checkpoint, keep: int) -> Path:
+        path = real(folder, state, keep)
         saved.append(state.step)
         if saved == [1, 2]:
             raise KeyboardInterrupt

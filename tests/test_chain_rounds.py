@@ -206,8 +206,8 @@ def test_what_was_killed_in_a_round_goes_on_there(
 
     real, saved = checkpoint.save, list[Path]()
 
-    def save_then_stop(folder: Path, state: checkpoint.Checkpoint) -> Path:
-        saved.append(real(folder, state))
+    def save_then_stop(folder: Path, state: checkpoint.Checkpoint, keep: int) -> Path:
+        saved.append(real(folder, state, keep))
         if len(saved) == 2:  # one checkpoint a round: this is the second's
             raise KeyboardInterrupt
         return saved[-1]

@@ -147,9 +147,16 @@ def test_a_killed_step_is_an_error_with_its_reason(plain: Any, tmp_path: Path) -
 def test_asked_to_end_it_takes_the_step_along_and_leaves_nothing(
     plain: Any, tmp_path: Path, number: int, code: int
 ) -> None:
-    command = [sys.executable, "-m", "dpctl", "export", model_of(plain), "--out", str(tmp_path / "out"), *OPTIONS]
+    # A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+    hearing = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from dpctl.cli import main; main()"
+    )
+    command = [sys.executable, "-c", hearing, "export", model_of(plain), "--out", str(tmp_path / "out"), *OPTIONS]
     with subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         step = step_of(process.pid)
         process.send_signal(number)
