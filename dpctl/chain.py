@@ -8,7 +8,6 @@ teacher of all.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,12 +129,12 @@ def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progres
     for number, each in enumerate(earlier, 1):
         told, folder = f"round {number} of {recipe.rounds}", out / "rounds" / str(number)
         if not pruning.would_cut(model, each.prune):
-            _say(f"{told}: nothing to cut, left out")
+            progress.say(f"{told}: nothing to cut, left out")
             continue
-        _say("{}: {} {:.4g}".format(told, *_target(each.prune)))
+        progress.say("{}: {} {:.4g}".format(told, *_target(each.prune)))
         cut = _prune(model, folder / "pruned", each.prune, digest, bar)
         if not pruning.would_cut(str(folder / "pruned"), last.prune):
-            _say(f"{told}: it meets the last target already, the last cut takes its place")
+            progress.say(f"{told}: it meets the last target already, the last cut takes its place")
             break
         tuned = _finetune(folder / "pruned", folder / "finetuned", each.finetune, cut.digest, bar)
         model, digest = str(folder / "finetuned"), tuned.digest
@@ -197,9 +196,9 @@ def _stage(out: Path, recipe: dict[str, Any], parent: str, work: Callable[[], Ma
         and found.parent == parent
         and _intact(out, found)
     ):
-        _say(f"{out.name}: done before, skipped")
+        progress.say(f"{out.name}: done before, skipped")
         return found
-    _say(f"{out.name}: running")
+    progress.say(f"{out.name}: running")
     return work()
 
 
@@ -243,9 +242,9 @@ def bench_launched(recipe: BenchRecipe, out: Path, *, force: bool, bar: progress
 def _bench_stage(recipe: BenchRecipe, out: Path, exported: Sequence[Path], bar: progress.Bar) -> Any:
     found = _measured(recipe, out)
     if found is not None:
-        _say(f"{out.name}: done before, skipped")
+        progress.say(f"{out.name}: done before, skipped")
         return found
-    _say(f"{out.name}: running")
+    progress.say(f"{out.name}: running")
     return bench(recipe, out, exported=exported, force=True, bar=bar)
 
 
@@ -269,7 +268,3 @@ def bench_report(result: Any, out: Path) -> Report:
     from dpctl import report
 
     return Report(result.to_dict(), [report.table(result), f"report: {out / 'report.html'}"])
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")

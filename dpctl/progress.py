@@ -1,5 +1,6 @@
 """Progress on stderr: a rich bar with time left on a terminal, a line now and then in a log."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,6 +9,11 @@ from typing import Any, Protocol
 from dpctl import units
 
 LOG_EVERY_S = 15.0
+
+
+def say(line: str) -> None:
+    """Write a line to stderr."""
+    sys.stderr.write(f"{line}\n")
 
 
 class Advance(Protocol):

@@ -30,7 +30,7 @@ class LoopRecipe:
 
     * `batch_size` is the number of images of one optimizer step, over all processes and all `accumulation` parts: what
       a step does depends on neither.
-    * `min_snr_gamma`: weight the denoising error of a timestep by min(SNR, gamma) / SNR; None weights all alike.
+    * `min_snr_gamma`: weight the denoising error of timesteps by min-SNR (docs/losses.md); None weights all alike.
     * `timestep_sampling`: uniform, antithetic (t and T - 1 - t in turns) or importance (by the loss so far).
     * `validation`: images held out of training, whose loss is told every `validate_every` steps; `patience` of those
       without a lower one end the training (0 never does).

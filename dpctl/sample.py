@@ -36,6 +36,8 @@ def draw(model: str, out: Path, wish: Wish, *, force: bool = False, bar: progres
     """
     if min(wish.count, wish.num_inference_steps, wish.batch_size) < 1:
         raise DpctlError("a count is below 1", str(asdict(wish)), "give 1 or more")
+    from dpctl.data import picture
+
     artifact.refuse_existing(out, force=force)
     images = sample_bytes(resolve(model), wish, bar)
     with artifact.writing(out, force=force) as directory:
@@ -84,10 +86,3 @@ def grid(images: Any, columns: int | None = None) -> Any:
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         sheet[top : top + height, left : left + width] = image
     return sheet
-
-
-def picture(pixels: Any) -> Any:
-    """Return bytes [H, W, C] as a Pillow image."""
-    from PIL import Image
-
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from toys import Done
+from toys import PIPELINES, Done, save_photos
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -93,6 +93,23 @@ def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("toy") / "images.npz"
     np.savez_compressed(path, images=np.uint8(255 * np.exp(-distance / 4)))
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures with classes and captions. Shared: copy it before changing a file."""
+    return save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what saves a toy of `toys.PIPELINES`, once. Shared: copy it before changing a file."""
+    folder = tmp_path_factory.mktemp("pipelines")
+
+    def make(name: str) -> Path:
+        return folder / name if (folder / name).exists() else PIPELINES[name](folder / name)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What tests of several folders build their toys from: parts of pipelines that diffusers and transformers save."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,3 +144,12 @@ def save_photos(directory: Path, count: int = 8, captions: bool = True) -> Path:
         lines.append(json.dumps({"file_name": f"{number}.png", "label": number % 3, **told}))
     (directory / "metadata.jsonl").write_text("\n".join(lines))
     return directory
+
+
+# Every kind of pipeline that has a VAE: how its toy is saved.
+PIPELINES: dict[str, Callable[[Path], Path]] = {
+    "quantized": save_latent,
+    "labelled": lambda path: save_latent(path, "AutoencoderKL", num_class_embeds=4),
+    "sd": save_textual,
+    "sdxl": lambda path: save_textual(path, "StableDiffusionXLPipeline"),
+}

@@ -8,7 +8,6 @@ same places, so the images are those of one process. Tasks go over torch's key-v
 import itertools
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -238,7 +237,7 @@ def _draw(
                 _count(theirs, rank, run, processes, advance)
                 continue
             reason = answer["failure"] or f"its images are not in {folder}, which all machines must share"
-            _say(f"process {rank} could not draw its share, the first one does: {reason}")
+            progress.say(f"process {rank} could not draw its share, the first one does: {reason}")
             able = able and _draw_parts(run, theirs, processes, advance)
         if able:
             quality.save_samples(out / file, [np.load(part["file"], allow_pickle=False) for part in parts])
@@ -258,7 +257,3 @@ def _count(parts: Sequence[dict[str, Any]], rank: int, run: "Run", processes: Cr
     count = sum(part["stop"] - part["start"] for part in parts)
     processes.drawn[rank] += count
     advance(count, model=run.entry.name)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")

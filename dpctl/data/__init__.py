@@ -3,7 +3,7 @@
 from dpctl.data.archive import ArrayImages
 from dpctl.data.batch import Batch, Labelled, Pixels, TrainingSet
 from dpctl.data.folder import FolderImages
-from dpctl.data.images import Images, Pictures, View, draw_views, to_bytes
+from dpctl.data.images import Images, Pictures, View, draw_views, picture, save_picture, to_bytes
 from dpctl.data.prompts import read_prompts
 from dpctl.data.sources import REFERENCE_IMAGES, open_data, require_pixels
 from dpctl.data.training import open_pixels, open_training_set, require_trainable
@@ -24,7 +24,9 @@ __all__ = [
     "open_pixels",
     "open_training_set",
     "read_prompts",
+    "picture",
     "require_pixels",
+    "save_picture",
     "require_trainable",
     "to_bytes",
 ]

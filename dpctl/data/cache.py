@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from dpctl import artifact, progress, units
-from dpctl.data.decoded import say
 from dpctl.errors import DpctlError
+from dpctl.progress import say
 
 # Raise it when the same images, captions and networks come to mean other rows: old caches are not read then.
 VERSION = "1"

@@ -2,8 +2,8 @@
 
 import itertools
 import os
-import sys
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpctl.data.images import Pictures, Source, Told, View, to_float
 from dpctl.errors import DpctlError
+from dpctl.progress import say
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,11 +31,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def say(line: str) -> None:
-    """Write a line to stderr."""
-    sys.stderr.write(f"{line}\n")
 
 
 class Broken:
@@ -71,8 +67,8 @@ class DecodedImages(Source):
         super().__init__(name, told)
         self._channels, self._size, self._broken = channels, size, broken or Broken()
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], views: Sequence[View] | None = None) -> Pictures:
         rows = list(in_threads(self._row, zip(indices, views or [View()] * len(indices), strict=True)))
@@ -98,11 +94,13 @@ class DecodedImages(Source):
         with self._open(index) as image:
             return _upright(image, _in_8_bits(image).convert("L" if self._channels == 1 else "RGB"))
 
+    @abstractmethod
     def _open(self, index: int) -> Image.Image:
-        raise NotImplementedError
+        """Return an image as Pillow opens it."""
 
+    @abstractmethod
     def _path(self, index: int) -> str:
-        raise NotImplementedError
+        """Return where an image lies, for people."""
 
 
 def framed(picture: Image.Image, size: tuple[int, int], view: View) -> tuple[Tensor, tuple[int, int, int, int]]:

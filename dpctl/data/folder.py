@@ -8,10 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpctl.data.decoded import Broken, DecodedImages, in_threads, problem_of, say
+from dpctl.data.decoded import Broken, DecodedImages, in_threads, problem_of
 from dpctl.data.images import Told
 from dpctl.data.metadata import NAMES, read_told
 from dpctl.errors import DpctlError
+from dpctl.progress import say
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 # So many files are looked into before the work begins; of more, as many evenly spread ones. Measured on two cores with

@@ -1,13 +1,18 @@
 """What every source of images offers: batches [B, C, H, W] in [-1, 1], and what is told about each image."""
 
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
+from dpctl.artifact import no_space_left_explained
 from dpctl.errors import DpctlError
 
 CAPTION = '{"file_name": "a.png", "text": "a red bicycle"}'
@@ -85,7 +90,7 @@ class Told:
     about: str = ""
 
 
-class Source:
+class Source(ABC):
     """What all sources have in common: a name, and labels and captions where they are told."""
 
     def __init__(self, name: str, told: Told) -> None:
@@ -94,8 +99,9 @@ class Source:
     def batch(self, indices: Sequence[int]) -> Tensor:
         return self.read(indices).pixels
 
+    @abstractmethod
     def read(self, indices: Sequence[int], views: Sequence[View] | None = None) -> Pictures:
-        raise NotImplementedError
+        """Return images as `Images` says."""
 
     def labels(self, indices: Sequence[int]) -> Tensor:
         if self._told.labels is None:
@@ -113,8 +119,9 @@ class Source:
                 raise DpctlError("a caption is no text", f"{self.name}, image {index}: {caption!r}", "give it a text")
         return captions
 
+    @abstractmethod
     def identity(self) -> str:
-        raise NotImplementedError
+        """Return a text as `Images` says."""
 
     def _where(self) -> str:
         return f"{self.name} ({self._told.about})" if self._told.about else self.name
@@ -142,6 +149,26 @@ def _is_class(value: object) -> bool:
 def to_bytes(images: Tensor) -> np.ndarray:
     """Return images [N, C, H, W] in [-1, 1] as bytes [N, H, W, C]; what lies outside is clipped."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def picture(pixels: np.ndarray) -> Image.Image:
+    """Return bytes [H, W, C] as a picture; of more than three channels the first three."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
+
+
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write bytes [H, W, C] as a PNG that is whole or not there."""
+    temporary = path.with_suffix(".writing")
+    with no_space_left_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                picture(pixels).save(stream, "png")
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Generator, Tensor
 from dpctl import artifact
 from dpctl.data import cache
 from dpctl.data.batch import Batch
-from dpctl.data.decoded import say
 from dpctl.data.images import Images, View, draw_views
 from dpctl.errors import DpctlError
+from dpctl.progress import say
 
 # Images are encoded so many pixels at a time: without gradients that takes a GPU some 2 GB.
 PIXELS_TOGETHER = 1 << 20

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpctl.data.archive import open_archive
-from dpctl.data.decoded import say
 from dpctl.data.folder import open_folder
 from dpctl.data.hub import PREFIX, is_saved, open_named, open_saved
 from dpctl.data.images import Images
 from dpctl.errors import DpctlError
+from dpctl.progress import say
 
 REFERENCE_IMAGES = Path(__file__).parent.parent / "reference" / "images.npz"
 

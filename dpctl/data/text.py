@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 
 from dpctl import artifact
 from dpctl.data import cache
-from dpctl.data.decoded import say
 from dpctl.data.images import Images
 from dpctl.data.latents import FRAMES, INDICES, Latents, Scaling, release
 from dpctl.errors import DpctlError
 from dpctl.models import read_index
 from dpctl.pipelines import hide_progress, load_text_parts, pipeline_class
+from dpctl.progress import say
 from dpctl.signature import Signature
 
 XL = "StableDiffusionXLPipeline"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, cost, environment, progress
+from dpctl import artifact, cost, environment, progress, registry
 from dpctl.artifact import Manifest
 from dpctl.data import TrainingSet, open_pixels, open_training_set
 from dpctl.errors import DpctlError
@@ -132,7 +132,6 @@ def _loop(
     parent: str | None,
     bar: progress.Bar,
 ) -> Any:
-    from dpctl.data.decoded import say
     from dpctl.finetune.loop import train as train_loop
     from dpctl.finetune.processes import open_accelerator
 
@@ -156,7 +155,7 @@ def _loop(
             start=start,
             parent=parent,
             advance=advance,
-            say=None if bar is progress.no_bar else say,
+            say=None if bar is progress.no_bar else progress.say,
         )
 
 
@@ -169,10 +168,7 @@ def check(recipe: LoopRecipe) -> None:
         if not inside:  # NaN is inside no range
             raise DpctlError(f"the {name.replace('_', ' ')} is out of range", f"{getattr(recipe, name):g}", todo)
     for name, known in CHOICES.items():
-        if getattr(recipe, name) not in known:
-            raise DpctlError(
-                f"unknown {name.replace('_', ' ')}", repr(getattr(recipe, name)), f"choose one of: {', '.join(known)}"
-            )
+        registry.choose(known, getattr(recipe, name), name.replace("_", " "))
     if recipe.patience and not recipe.validation:
         got = f"patience {recipe.patience}, validation 0"
         raise DpctlError("an early stop needs images to judge by", got, "hold some out, e.g. --validation 256")

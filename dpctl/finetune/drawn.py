@@ -4,7 +4,6 @@ The folder has a metadata.jsonl with the prompts or classes, so that it can be l
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from dpctl import progress
-from dpctl.data import cache, read_prompts, to_bytes
+from dpctl.data import cache, read_prompts, save_picture, to_bytes
 from dpctl.data.latents import own_device, release
 from dpctl.data.text import require_readable
 from dpctl.errors import DpctlError
@@ -76,7 +73,7 @@ def _draw_missing(
             if position == 0:  # a PNG is hardly ever larger than its pixels
                 cache.require_space(making, out, left * images[0].nbytes, f"at most, {what}")
             for number, image in zip(batch, images, strict=True):
-                _save(image, making / _name(number))
+                save_picture(image, making / _name(number))
             advance(len(batch))
     classes = teacher.unet.config.get("num_class_embeds")
     with (making / "metadata.jsonl").open("w", encoding="utf-8") as stream:
@@ -125,13 +122,3 @@ def _painted(pipe: Any, prompts: Sequence[str], asked: dict[str, Any], numbers: 
 
 def _name(number: int) -> str:
     return f"{number:06d}.png"
-
-
-def _save(pixels: np.ndarray, path: Path) -> None:
-    """Write bytes [H, W, C] as a PNG that is whole or not there."""
-    written = path.with_suffix(".new")
-    with written.open("wb") as stream:
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, "png")
-        stream.flush()
-        os.fsync(stream.fileno())
-    written.replace(path)

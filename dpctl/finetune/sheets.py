@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from dpctl.artifact import no_space_left_explained
+from dpctl.data import save_picture, to_bytes
 from dpctl.errors import DpctlError
 from dpctl.finetune.checkpoint import SHEETS
 from dpctl.finetune.state import State
@@ -61,7 +60,7 @@ class Sheets:
         state.weights(trained)
         if row is not None:
             rows = [row] if self._taught is None else [self._taught, row]
-            _save(np.concatenate(rows), self.folder / SHEETS / f"step-{state.step:08d}.png")
+            save_picture(np.concatenate(rows), self.folder / SHEETS / f"step-{state.step:08d}.png")
 
     def _row(self, unet: Any) -> np.ndarray | None:
         """Return the pictures of a network beside one another, [H, W, C]; None while they are not finite."""
@@ -73,7 +72,7 @@ class Sheets:
             )
         except DpctlError:  # a network can be far from its weights-to-be: that is no reason to end its training
             return None
-        return np.concatenate(list(_bytes(images)), axis=1)
+        return np.concatenate(list(to_bytes(images)), axis=1)
 
 
 def open_sheets(objective: Any, recipe: LoopRecipe, folder: Path) -> Sheets:
@@ -119,23 +118,3 @@ def _spread(paths: list[Path]) -> list[Path]:
     if len(paths) <= MOST_ROWS:
         return paths
     return [paths[place * (len(paths) - 1) // (MOST_ROWS - 1)] for place in range(MOST_ROWS)]
-
-
-def _bytes(images: torch.Tensor) -> np.ndarray:
-    """Turn images [N, C, H, W] in [-1, 1] into bytes [N, H, W, C]."""
-    pixels: np.ndarray = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return pixels
-
-
-def _save(pixels: np.ndarray, path: Path) -> None:
-    """Write bytes [H, W, C] as a PNG, whole or not at all."""
-    from PIL import Image
-
-    temporary = path.with_suffix(".writing")
-    with no_space_left_explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).save(temporary, "PNG")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -75,7 +75,8 @@ def install(directory: Path) -> None:
 def card(bench: Path) -> None:
     """Write the model card README.md with loss.png and samples.png; FID and KID as the bench file has them."""
     from dpctl import artifact
-    from dpctl.sample import Wish, grid, picture, sample_bytes
+    from dpctl.data import picture
+    from dpctl.sample import Wish, grid, sample_bytes
 
     manifest = artifact.read_manifest(HERE / "model")
     assert manifest is not None

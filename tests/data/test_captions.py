@@ -24,11 +24,6 @@ CAPTIONS = ["a red cat", "a dog", "two birds"] * 3
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_photos(tmp_path_factory.mktemp("data") / "photos")
-
-
-@pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pipelines")
     return {kind: save_textual(folder / kind, kind) for kind in (SD, XL)}

@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from toys import save_latent, save_photos, save_textual
+from toys import save_latent, save_textual
 
 from dpctl.data import Batch, TrainingSet, cache, latents, open_data, open_training_set
 from dpctl.data.images import View
@@ -25,11 +25,6 @@ from dpctl.models import load_model
 from dpctl.recipe import LoopRecipe
 
 SIZE = (16, 16)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_photos(tmp_path_factory.mktemp("data") / "photos")
 
 
 @pytest.fixture(scope="module")

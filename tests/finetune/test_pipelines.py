@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import save_latent, save_photos, save_textual
+from toys import PIPELINES
 
 import runtime
 from dpctl.data import open_training_set
@@ -22,39 +22,17 @@ from dpctl.prune import prune
 from dpctl.recipe import FinetuneRecipe, PruneRecipe
 from runtime.pipeline import draw_images
 
-SAVE: dict[str, Callable[[Path], Path]] = {
-    "quantized": save_latent,
-    "labelled": lambda path: save_latent(path, "AutoencoderKL", num_class_embeds=4),
-    "sd": save_textual,
-    "sdxl": lambda path: save_textual(path, "StableDiffusionXLPipeline"),
-}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_photos(tmp_path_factory.mktemp("data") / "photos")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("pipelines")
-
-    def make(name: str) -> Path:
-        return folder / name if (folder / name).exists() else SAVE[name](folder / name)
-
-    return make
-
 
 def recipe_of(data: object, **changed: Any) -> FinetuneRecipe:
     few = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "checkpoint_every": 1, "drawn": 5, "drawn_steps": 2}
     return FinetuneRecipe(**({"data": str(data)} | few | changed))
 
 
-@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_kind_of_pipeline_is_pruned_finetuned_and_still_one(
-    saved: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
+    saved_pipeline: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
 ) -> None:
-    teacher = saved(name)
+    teacher = saved_pipeline(name)
     prune(str(teacher), tmp_path / "pruned", PruneRecipe("magnitude", ratio=0.5, align=1))
     manifest = finetune(str(tmp_path / "pruned"), tmp_path / "tuned", recipe_of(photos))
     assert manifest is not None
@@ -68,10 +46,12 @@ def test_every_kind_of_pipeline_is_pruned_finetuned_and_still_one(
         assert draw_images(pipe, seed=0, indices=[0], num_inference_steps=2, prompts=prompts).shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name", SAVE)
-def test_the_loss_falls_on_few_images(saved: Callable[[str], Path], photos: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_loss_falls_on_few_images(
+    saved_pipeline: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
+) -> None:
     recipe = recipe_of(photos, steps=60, batch_size=8, learning_rate=1e-2, distillation=0.0, flip=False)
-    finetune(str(saved(name)), tmp_path / "tuned", dataclasses.replace(recipe, checkpoint_every=1000))
+    finetune(str(saved_pipeline(name)), tmp_path / "tuned", dataclasses.replace(recipe, checkpoint_every=1000))
     losses = json.loads((tmp_path / "tuned" / LOSSES).read_text())
     assert np.mean(losses[-15:]) < 0.8 * np.mean(losses[:15])
 
@@ -88,9 +68,9 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["sd", "quantized"])
 def test_the_teacher_draws_what_its_own_pipeline_draws(
-    saved: Callable[[str], Path], prompts: Path, tmp_path: Path, name: str
+    saved_pipeline: Callable[[str], Path], prompts: Path, tmp_path: Path, name: str
 ) -> None:
-    teacher = load_model(saved(name))
+    teacher = load_model(saved_pipeline(name))
     given = {"prompts": str(prompts)} if name == "sd" else {}
     folder = drawn.draw(teacher, recipe_of("teacher", seed=3, **given), tmp_path / "cache")
     assert sorted(path.name for path in folder.glob("*.png")) == [f"00000{n}.png" for n in range(5)]
@@ -131,9 +111,9 @@ def test_unconditional_and_labelled_networks_draw_too(
 
 
 def test_what_was_drawn_is_drawn_once_and_goes_on_after_a_kill(
-    saved: Callable[[str], Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_pipeline: Callable[[str], Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher, recipe = load_model(saved("sd")), recipe_of("teacher", prompts=str(prompts))
+    teacher, recipe = load_model(saved_pipeline("sd")), recipe_of("teacher", prompts=str(prompts))
     whole = drawn.draw(teacher, recipe, tmp_path / "whole")
     monkeypatch.setattr(drawn, "TOGETHER", 2)
     asked: list[list[int]] = []
@@ -160,8 +140,10 @@ def test_what_was_drawn_is_drawn_once_and_goes_on_after_a_kill(
         assert np.abs(one - other).max() <= 1
 
 
-def test_finetuning_on_what_the_teacher_draws(saved: Callable[[str], Path], prompts: Path, tmp_path: Path) -> None:
-    prune(str(saved("sd")), tmp_path / "pruned", PruneRecipe("magnitude", ratio=0.5, align=1))
+def test_finetuning_on_what_the_teacher_draws(
+    saved_pipeline: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    prune(str(saved_pipeline("sd")), tmp_path / "pruned", PruneRecipe("magnitude", ratio=0.5, align=1))
     # The teacher draws also where nothing is distilled.
     recipe = recipe_of("teacher", prompts=str(prompts), distillation=0.0)
     manifest = finetune(str(tmp_path / "pruned"), tmp_path / "tuned", recipe)
@@ -181,10 +163,10 @@ def test_finetuning_on_what_the_teacher_draws(saved: Callable[[str], Path], prom
     ],
 )
 def test_what_cannot_be_drawn(
-    saved: Callable[[str], Path], prompts: Path, tmp_path: Path, name: str, given: dict[str, Any], message: str
+    saved_pipeline: Callable[[str], Path], prompts: Path, tmp_path: Path, name: str, given: dict[str, Any], message: str
 ) -> None:
     given = given | ({"prompts": str(prompts)} if given.get("prompts") else {})
     with pytest.raises(DpctlError, match=message):
-        recipe = recipe_of(**({"data": "teacher", "teacher": str(saved(name))} | given))
-        finetune(str(saved(name)), tmp_path / "tuned", recipe)
+        recipe = recipe_of(**({"data": "teacher", "teacher": str(saved_pipeline(name))} | given))
+        finetune(str(saved_pipeline(name)), tmp_path / "tuned", recipe)
     assert not (tmp_path / "tuned").exists()

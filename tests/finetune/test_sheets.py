@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dpctl.artifact import read_manifest, verify_files
+from dpctl.data import save_picture
 from dpctl.finetune import finetune, sheets, train
 from dpctl.models import copy_components, load_model
 from dpctl.recipe import FinetuneRecipe, TrainRecipe
@@ -91,7 +92,7 @@ def test_sheets_survive_a_resume_and_end_in_one_strip(
 
 def test_a_strip_shows_a_few_of_many_sheets(tmp_path: Path, toy_unet: Any) -> None:
     for step in range(100):
-        sheets._save(np.full((8, 64, 1), 2 * step, dtype=np.uint8), tmp_path / f"samples/step-{step:08d}.png")
+        save_picture(np.full((8, 64, 1), 2 * step, dtype=np.uint8), tmp_path / f"samples/step-{step:08d}.png")
     strip = np.asarray(sheets.strip(tmp_path, toy_unet.config))
     tall = 64 + sheets.GAP
     greys = strip[10::tall, sheets.LABEL + 10].tolist()

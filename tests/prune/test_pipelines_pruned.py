@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
-from toys import save_latent, save_photos, save_textual
+from toys import PIPELINES, save_photos
 
 from dpctl import environment
 from dpctl.data import latents, open_data, open_training_set
@@ -19,39 +19,17 @@ from dpctl.prune import prune, prune_unet, scan
 from dpctl.prune.gradients import Draws, Weighting, each_gradient
 from dpctl.recipe import LoopRecipe, PruneRecipe
 
-SAVE: dict[str, Callable[[Path], Path]] = {
-    "quantized": save_latent,
-    "labelled": lambda path: save_latent(path, "AutoencoderKL", num_class_embeds=4),
-    "sd": save_textual,
-    "sdxl": lambda path: save_textual(path, "StableDiffusionXLPipeline"),
-}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_photos(tmp_path_factory.mktemp("data") / "photos")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("pipelines")
-
-    def make(name: str) -> Path:
-        return folder / name if (folder / name).exists() else SAVE[name](folder / name)
-
-    return make
-
 
 def recipe_of(data: object, **changed: Any) -> PruneRecipe:
     few = {"criterion": "diff-pruning", "ratio": 0.5, "align": 1, "images": 6, "batch_size": 2, "timesteps": 4}
     return PruneRecipe(**({"data": str(data)} | few | changed))
 
 
-@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_kind_of_pipeline_is_scored_and_refitted(
-    saved: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
+    saved_pipeline: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
 ) -> None:
-    manifest = prune(str(saved(name)), tmp_path / "slim", recipe_of(photos))
+    manifest = prune(str(saved_pipeline(name)), tmp_path / "slim", recipe_of(photos))
     told = manifest.stats["compensation"]
     assert told["data"] == str(photos)
     fits = told["layers"].values()
@@ -60,16 +38,16 @@ def test_every_kind_of_pipeline_is_scored_and_refitted(
     assert told["loss"]["compensated"] > 0
     load_model(tmp_path / "slim")
     if name == "labelled":
-        rows = scan(str(saved(name)), str(photos))["rows"]
+        rows = scan(str(saved_pipeline(name)), str(photos))["rows"]
         assert rows
         assert all(row["loss"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", ["labelled", "sdxl"])
 def test_a_gradient_is_that_of_the_conditional_loss(
-    saved: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
+    saved_pipeline: Callable[[str], Path], photos: Path, tmp_path: Path, name: str
 ) -> None:
-    model = load_model(saved(name))
+    model = load_model(saved_pipeline(name))
     examples = open_training_set(model, LoopRecipe(data=str(photos), flip=False), cache=tmp_path)
     draws = Draws(4, 2, 2, 1, Weighting(), 0)
     scheduler = DDPMScheduler(num_train_timesteps=1)
@@ -91,8 +69,8 @@ def test_a_gradient_is_that_of_the_conditional_loss(
         torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_sampler_of_the_pipeline_does_not_matter(saved: Callable[[str], Path], photos: Path) -> None:
-    model = load_model(saved("sd"))
+def test_the_sampler_of_the_pipeline_does_not_matter(saved_pipeline: Callable[[str], Path], photos: Path) -> None:
+    model = load_model(saved_pipeline("sd"))
     euler = dataclasses.replace(model, scheduler=EulerDiscreteScheduler.from_config(model.scheduler.config))
     one, other = (prune_unet(each, recipe_of(photos)) for each in (model, euler))
     assert one.plan == other.plan
@@ -100,7 +78,7 @@ def test_the_sampler_of_the_pipeline_does_not_matter(saved: Callable[[str], Path
 
 
 def test_no_more_images_are_encoded_than_are_looked_at(
-    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_pipeline: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = save_photos(tmp_path / "many", count=40)
     encoded: list[int] = []
@@ -111,7 +89,7 @@ def test_no_more_images_are_encoded_than_are_looked_at(
         return original(vae, images, numbers, *more)
 
     monkeypatch.setattr(latents, "_encoded", noting)
-    model = load_model(saved("labelled"))
+    model = load_model(saved_pipeline("labelled"))
     prune_unet(model, recipe_of(many, compensate=False, images=20))
     numbers = sorted(set(encoded))
     assert len(numbers) == 20
@@ -124,9 +102,9 @@ def test_no_more_images_are_encoded_than_are_looked_at(
     assert len(encoded) == 21  # the first twice; nothing again
 
 
-def test_without_labels_or_captions_it_is_told(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_without_labels_or_captions_it_is_told(saved_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
     plain = save_photos(tmp_path / "plain", captions=False)
     with pytest.raises(DpctlError, match="no captions for a text model"):
-        prune(str(saved("sd")), tmp_path / "slim", recipe_of(plain))
+        prune(str(saved_pipeline("sd")), tmp_path / "slim", recipe_of(plain))
     assert not (tmp_path / "slim").exists()
     assert not list(environment.cache("data").glob("*.making"))
