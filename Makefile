@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
-.PHONY: help setup check test test-all demo evidence benchmarks rounds before-finetuning loss-defaults bench bench-scoring bench-train engine-comparison reference clean distclean
+.PHONY: help setup check test test-extras test-all demo evidence benchmarks rounds before-finetuning loss-defaults bench bench-scoring bench-train engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -60,6 +60,17 @@ check: $(STAMP) ## lint, format, types, import layers, sizes, Dockerfile
 
 test: $(STAMP) ## the tests: CPU, no network, under ten minutes on two cores
 	$(PYTEST) -m "not slow and not gpu and not trt"
+
+# They are not in [dev]: diffusers loads torchao with every command, where it is there.
+EXTRA_TESTS := tests/finetune/test_optimizers.py tests/finetune/test_trackers.py
+build/extras/.installed: constraints.txt constraints-extras.txt
+	rm -rf build/extras
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/extras \
+		--requirement constraints-extras.txt $$(grep ^protobuf= constraints.txt)
+	touch $@
+
+test-extras: $(STAMP) build/extras/.installed ## the tests of the extras [adam8bit] and [tensorboard], installed apart
+	PYTHONPATH=build/extras OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(EXTRA_TESTS)
 
 test-all: $(STAMP) ## every test this machine can run, with the full matrices
 	$(PYTEST) --durations=20

@@ -18,7 +18,7 @@ from dpctl.artifact import Manifest
 from dpctl.errors import DpctlError
 from dpctl.inspect import Report
 from dpctl.models import load_model, resolve
-from dpctl.recipe import TARGETS, BenchRecipe, ChainRecipe, FinetuneRecipe, PruneRecipe, decisive, to_dict
+from dpctl.recipe import TARGETS, BenchRecipe, ChainRecipe, FinetuneRecipe, PruneRecipe, differing, to_dict
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progres
 def _prune(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
     from dpctl import prune as pruning
 
-    return _stage(out, to_dict(recipe), digest, lambda: pruning.prune(model, out, recipe, force=True, bar=bar))
+    return _stage(out, recipe, digest, lambda: pruning.prune(model, out, recipe, force=True, bar=bar))
 
 
 def source_digest(model: str) -> str:
@@ -163,7 +163,7 @@ def _finetune(pruned: Path, out: Path, recipe: FinetuneRecipe, digest: str, bar:
         assert made is not None  # a chain is one process
         return made
 
-    return _stage(out, to_dict(recipe), digest, work)
+    return _stage(out, recipe, digest, work)
 
 
 def _can_go_on(out: Path, recipe: FinetuneRecipe, parent: str) -> bool:
@@ -171,7 +171,7 @@ def _can_go_on(out: Path, recipe: FinetuneRecipe, parent: str) -> bool:
     from dpctl.finetune import checkpoint
 
     found = checkpoint.newest(checkpoint.folder_for(out))
-    return found is not None and (decisive(found.recipe), found.parent) == (decisive(to_dict(recipe)), parent)
+    return found is not None and found.parent == parent and differing(found.recipe, recipe) is None
 
 
 def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progress.Bar) -> Manifest:
@@ -184,18 +184,13 @@ def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progr
     def work() -> Manifest:
         return export_model(load_model(model), out, wanted, force=True, bar=bar)
 
-    return _stage(out, to_dict(wanted), digest, work)
+    return _stage(out, wanted, digest, work)
 
 
-def _stage(out: Path, recipe: dict[str, Any], parent: str, work: Callable[[], Manifest]) -> Manifest:
+def _stage(out: Path, recipe: Any, parent: str, work: Callable[[], Manifest]) -> Manifest:
     """Return the manifest of `out` if it is what this stage would make, else do the work."""
     found = artifact.read_manifest(out) if out.is_dir() else None
-    if (
-        found is not None
-        and decisive(found.recipe) == decisive(recipe)
-        and found.parent == parent
-        and _intact(out, found)
-    ):
+    if found is not None and differing(found.recipe, recipe) is None and found.parent == parent and _intact(out, found):
         progress.say(f"{out.name}: done before, skipped")
         return found
     progress.say(f"{out.name}: running")

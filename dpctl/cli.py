@@ -195,8 +195,8 @@ def doctor(json_: options.Json = False) -> None:
 
 # What divides its work among the processes that a launcher starts; every other command would be run by each.
 LAUNCHED = ("finetune", "train", "bench")
-# A process beside the first leaves it to that one to tell a mistake that both have met.
-PATIENCE_S = 3.0
+# A process beside the first leaves it to that one to tell a mistake that both have met; the launcher ends it then.
+PATIENCE_S = 20.0
 
 
 def main() -> None:

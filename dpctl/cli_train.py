@@ -19,6 +19,7 @@ Accumulation = Annotated[
     int, typer.Option("--accumulation", help="Parts that a process divides its images of a step into, to save memory.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per step, over all processes and parts.")]
+Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, or adamw-8bit: a quarter of the moments' memory.")]
 WarmupSteps = Annotated[int, typer.Option("--warmup-steps", help="Steps in which the learning rate rises to its peak.")]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Decoupled weight decay (AdamW).")]
 EmaOnCpu = Annotated[bool, typer.Option("--ema-on-cpu", help="Keep the averaged weights off the GPU.")]
@@ -86,6 +87,7 @@ def finetune(
     steps: options.Steps = FINETUNE.steps,
     batch_size: BatchSize = FINETUNE.batch_size,
     accumulation: Accumulation = FINETUNE.accumulation,
+    optimizer: Optimizer = FINETUNE.optimizer,
     learning_rate: options.LearningRate = FINETUNE.learning_rate,
     warmup_steps: WarmupSteps = FINETUNE.warmup_steps,
     weight_decay: WeightDecay = FINETUNE.weight_decay,
@@ -131,6 +133,7 @@ def train(
     steps: options.Steps = TRAIN.steps,
     batch_size: BatchSize = TRAIN.batch_size,
     accumulation: Accumulation = TRAIN.accumulation,
+    optimizer: Optimizer = TRAIN.optimizer,
     learning_rate: options.LearningRate = TRAIN.learning_rate,
     warmup_steps: WarmupSteps = TRAIN.warmup_steps,
     weight_decay: WeightDecay = TRAIN.weight_decay,

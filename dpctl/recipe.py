@@ -4,6 +4,7 @@ import dataclasses
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
 REDUCTIONS = ("sum-abs", "abs-sum")
 FRACTIONS_OF = ("model", "unpruned")
+OPTIMIZERS = ("adamw", "adamw-8bit")
 TIMESTEP_SAMPLINGS = ("uniform", "antithetic", "importance")
 CROPS = ("center", "random")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -30,6 +32,7 @@ class LoopRecipe:
 
     * `batch_size` is the number of images of one optimizer step, over all processes and all `accumulation` parts: what
       a step does depends on neither.
+    * `optimizer`: adamw, or adamw-8bit (moments of eight bits).
     * `min_snr_gamma`: weight the denoising error of timesteps by min-SNR (docs/losses.md); None weights all alike.
     * `timestep_sampling`: uniform, antithetic (t and T - 1 - t in turns) or importance (by the loss so far).
     * `validation`: images held out of training, whose loss is told every `validate_every` steps; `patience` of those
@@ -43,6 +46,7 @@ class LoopRecipe:
     steps: int = 300
     batch_size: int = 64
     accumulation: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 4e-4
     warmup_steps: int = 20
     weight_decay: float = 0.01
@@ -290,9 +294,16 @@ def to_dict(recipe: Any) -> dict[str, Any]:
     return {name: value for name, value in _plain(dataclasses.asdict(recipe)).items() if value is not None}
 
 
-def decisive(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a training's recipe decides what comes out: not how a batch is divided, what is kept or shown."""
-    return {name: value for name, value in recipe.items() if name not in RESUMABLE or "checkpoint_every" not in recipe}
+def differing(saved: Mapping[str, Any], wanted: Any) -> str | None:
+    """Return the first entry in which a recipe that was written down asks for something else than `wanted`.
+
+    What an older version did not write is what it did then, the default. Of a training that does not count which
+    changes nothing in what comes out: how a batch is divided, what is kept or shown.
+    """
+    free = RESUMABLE if isinstance(wanted, LoopRecipe) else ()
+    older, asked = to_dict(type(wanted)()) | dict(saved), to_dict(wanted)
+    names = sorted({*older, *asked} - {*free})
+    return next((name for name in names if older.get(name) != asked.get(name)), None)
 
 
 def _plain(value: Any) -> Any:

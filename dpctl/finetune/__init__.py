@@ -30,6 +30,7 @@ from dpctl.models import (
 from dpctl.recipe import (
     CROPS,
     MIXED_PRECISIONS,
+    OPTIMIZERS,
     TIMESTEP_SAMPLINGS,
     TRACKERS,
     FinetuneRecipe,
@@ -40,6 +41,7 @@ from dpctl.recipe import (
 
 TEACHER = "teacher"  # the data that it draws itself
 CHOICES = {
+    "optimizer": OPTIMIZERS,
     "mixed_precision": MIXED_PRECISIONS,
     "timestep_sampling": TIMESTEP_SAMPLINGS,
     "crop": CROPS,
@@ -58,11 +60,11 @@ def train(
     """
     import diffusers
 
-    from dpctl.finetune import sheets, trackers
+    from dpctl.finetune import sheets
     from dpctl.finetune.loss import Objective
 
     check(recipe)
-    trackers.check(recipe.tracker)
+    _check_packages(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
     sheets.check(unet.config, None, recipe.sample_every)
@@ -93,11 +95,11 @@ def finetune(
     of distillation are 0. Returns and raises as `train` does; a DpctlError also for a teacher that is missing or does
     not match.
     """
-    from dpctl.finetune import sheets, trackers
+    from dpctl.finetune import sheets
     from dpctl.finetune.loss import open_objective
 
     check(recipe)
-    trackers.check(recipe.tracker)
+    _check_packages(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     source = load_model(model)
     sheets.check(source.unet.config, decoder_of(source.directory), recipe.sample_every)
@@ -181,6 +183,13 @@ def check(recipe: LoopRecipe) -> None:
         )
 
 
+def _check_packages(recipe: LoopRecipe) -> None:
+    from dpctl.finetune import optimizers, trackers
+
+    optimizers.check(recipe.optimizer)
+    trackers.check(recipe.tracker)
+
+
 def _ranges(recipe: LoopRecipe) -> Iterator[tuple[str, bool, str]]:
     """Yield (entry, whether it is inside its range, what to do) of every number of a recipe."""
     yield "learning_rate", 0.0 < recipe.learning_rate < math.inf, "give a positive number, e.g. 4e-4"
@@ -207,7 +216,7 @@ def _start(out: Path, recipe: LoopRecipe, *, resume: bool, force: bool) -> Check
     if resume:
         found = checkpoint.newest(folder)
         if found is not None:
-            checkpoint.require_same_recipe(found.recipe, to_dict(recipe), folder)
+            checkpoint.require_same_recipe(found.recipe, recipe, folder)
         return found
     if folder.exists() and not force:
         raise DpctlError("an unfinished run is there", str(folder), "go on with --resume, or start again with --force")

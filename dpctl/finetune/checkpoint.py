@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpctl.artifact import no_space_left_explained
 from dpctl.errors import DpctlError
-from dpctl.recipe import decisive
+from dpctl.recipe import LoopRecipe, differing, to_dict
 
 KEEP = 2
 SHEETS = "samples"  # the folder of the sample sheets, among the checkpoints
@@ -134,19 +134,16 @@ def _load(path: Path) -> Checkpoint:
     return Checkpoint(header["step"], header["recipe"], header["losses"], tensors, parent, validated)
 
 
-def require_same_recipe(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Raise a DpctlError that names the first entry in which a checkpoint's recipe differs from the wanted one.
-
-    What changes nothing in the result (how the batch is divided, what is kept and shown) may differ.
-    """
-    saved, wanted = decisive(saved), decisive(wanted)
-    for name in sorted(set(saved) | set(wanted)):
-        if saved.get(name) != wanted.get(name):
-            raise DpctlError(
-                "the checkpoint belongs to another recipe",
-                f"{name} was {saved.get(name)!r}, now {wanted.get(name)!r} ({folder})",
-                "resume with the same options, or start again with --force",
-            )
+def require_same_recipe(saved: dict[str, Any], wanted: LoopRecipe, folder: Path) -> None:
+    """Raise a DpctlError that names the first entry in which a checkpoint's recipe differs from the wanted one."""
+    name = differing(saved, wanted)
+    if name is not None:
+        was, now = (values.get(name) for values in (to_dict(type(wanted)()) | saved, to_dict(wanted)))
+        raise DpctlError(
+            "the checkpoint belongs to another recipe",
+            f"{name} was {was!r}, now {now!r} ({folder})",
+            "resume with the same options, or start again with --force",
+        )
 
 
 def require_same_parent(checkpoint: Checkpoint, parent: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpctl import units
 from dpctl.diffusion import first_timestep
-from dpctl.finetune import guards
+from dpctl.finetune import guards, optimizers
 from dpctl.finetune.draws import Draws, Part, Split
 from dpctl.finetune.loss import Objective
 from dpctl.finetune.state import State
@@ -182,7 +182,13 @@ def measure(trial: Trial, recipe: LoopRecipe, images: int) -> Estimate:
     per_image = trial.activations(3) - found if few == 2 else found
     weights = _bytes(list(state.unet.parameters()))
     trained = _bytes([p for p in state.unet.parameters() if p.requires_grad])
-    held = {"weights": weights, "gradients": trained * (2 if state.processes > 1 else 1), "moments": 2 * trained}
+    held = {
+        "weights": weights,
+        "gradients": trained * (2 if state.processes > 1 else 1),
+    }
+    held["moments"] = optimizers.size_of_moments(
+        [p for p in state.unet.parameters() if p.requires_grad], recipe.optimizer
+    )
     if state.ema is not None and (device.type == "cpu" or not recipe.ema_on_cpu):
         held["EMA"] = weights
     if trial.objective.teacher is not None:

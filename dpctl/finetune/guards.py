@@ -72,6 +72,7 @@ def less_memory(recipe: LoopRecipe, processes: int, fits: int) -> list[str]:
     rest = {
         "--gradient-checkpointing": recipe.gradient_checkpointing,
         "--ema-on-cpu": recipe.ema_on_cpu,
+        "--optimizer adamw-8bit": recipe.optimizer != "adamw",
     }
     return found + [option for option, chosen in rest.items() if not chosen]
 

@@ -18,7 +18,7 @@ from dpctl import progress
 from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, sample_generator
 from dpctl.errors import StoppedError
-from dpctl.finetune import checkpoint, estimate, guards, processes, sheets, trackers, validation
+from dpctl.finetune import checkpoint, estimate, guards, optimizers, processes, sheets, trackers, validation
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
@@ -74,8 +74,7 @@ def train(
             everyone = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
             timesteps, weights = (t.to(accelerator.device) for t in state.timesteps.draw(recipe.seed, everyone))
             _seed_dropout(recipe.seed, everyone[0] + parts[0].start)
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
+            optimizers.set_learning_rate(state.optimizer, learning_rate(step, recipe))
 
             # Forward and backward, a part at a time. The gradient is that of the mean over the whole batch: processes
             # are averaged by torch, parts add up.
@@ -130,7 +129,7 @@ def train(
 
 def _prepare(unet: Any, objective: Objective, recipe: LoopRecipe, accelerator: Accelerator) -> tuple[Any, State]:
     """Return the network as accelerate wraps it, and the state of a training that begins."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = optimizers.open_optimizer(unet.parameters(), recipe, accelerator.device)
     unet.train()
     if recipe.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -9,11 +9,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from dpctl.errors import DpctlError
+from dpctl.finetune import optimizers
 from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.timesteps import Timesteps
-
-# Adam's moments for a parameter, and what else an optimizer keeps: every entry is a tensor.
-Moments = dict[str, Tensor]
 
 
 class Ema:
@@ -75,8 +73,7 @@ class State:
         found = {f"model.{name}": tensor for name, tensor in self.unet.state_dict().items()}
         found |= {f"ema.{name}": shadow for name, shadow in zip(names, self.ema.shadows, strict=True)}
         found |= {f"best.{name}": shadow for name, shadow in zip(names, self.best, strict=False)}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+        found |= {f"optimizer.{name}": value for name, value in optimizers.tensors(self.optimizer).items()}
         found |= {f"timesteps.{name}": value for name, value in self.timesteps.state().items()}
         if self.scaler is not None:
             found |= {f"scaler.{key}": torch.as_tensor(value) for key, value in self.scaler.state_dict().items()}
@@ -97,8 +94,7 @@ class State:
             self.ema.restore(start.part("ema"), start.step)
             best = start.part("best")
             self.best = [best[name] for name, _ in self.unet.named_parameters()] if best else []
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": _moments(start.part("optimizer")), "param_groups": groups})
+        optimizers.restore(self.optimizer, start.part("optimizer"))
         self.timesteps.restore(start.part("timesteps"))
         if self.scaler is not None:
             self.scaler.load_state_dict({key: tensor.item() for key, tensor in start.part("scaler").items()})
@@ -112,11 +108,3 @@ class State:
             for parameter, shadow in zip(parameters, shadows, strict=True):
                 parameter.copy_(shadow)
         return before
-
-
-def _moments(tensors: dict[str, Tensor]) -> dict[int, Moments]:
-    state: dict[int, Moments] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    return state

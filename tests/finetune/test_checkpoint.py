@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint
 from dpctl.finetune.checkpoint import Checkpoint
+from dpctl.recipe import FinetuneRecipe, TrainRecipe, to_dict
 
 
 def make(step: int) -> Checkpoint:
@@ -122,12 +124,24 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("wanted", "entry"),
-    [({"seed": 1, "steps": 9}, "seed was 0, now 1"), ({"seed": 0, "steps": 9, "new": 2}, "new was None, now 2")],
+    ("changed", "entry"),
+    [({"seed": 1}, "seed was 0, now 1"), ({"min_snr_gamma": 5.0}, "min_snr_gamma was None, now 5.0")],
 )
-def test_another_recipe_is_refused_by_the_entry(tmp_path: Path, wanted: dict, entry: str) -> None:
+def test_another_recipe_is_refused_by_the_entry(tmp_path: Path, changed: dict[str, Any], entry: str) -> None:
+    saved = to_dict(FinetuneRecipe(steps=9))
     with pytest.raises(DpctlError, match="another recipe") as caught:
-        checkpoint.require_same_recipe({"seed": 0, "steps": 9}, wanted, tmp_path)
+        checkpoint.require_same_recipe(saved, FinetuneRecipe(**{"steps": 9} | changed), tmp_path)
     assert entry in caught.value.got
     assert str(tmp_path) in caught.value.got
-    checkpoint.require_same_recipe({"seed": 0, "steps": 9}, {"steps": 9, "seed": 0}, tmp_path)
+    checkpoint.require_same_recipe(saved, FinetuneRecipe(steps=9, keep=5), tmp_path)
+
+
+def test_what_an_older_version_did_not_write_is_the_default(tmp_path: Path) -> None:
+    older = {name: value for name, value in to_dict(TrainRecipe(steps=9)).items() if name != "optimizer"}
+    checkpoint.require_same_recipe(older, TrainRecipe(steps=9), tmp_path)
+    with pytest.raises(DpctlError, match="another recipe") as caught:
+        checkpoint.require_same_recipe(older, TrainRecipe(steps=9, optimizer="adamw-8bit"), tmp_path)
+    assert "optimizer was 'adamw', now 'adamw-8bit'" in caught.value.got
+    with pytest.raises(DpctlError, match="another recipe") as caught:
+        checkpoint.require_same_recipe(older | {"of_a_later_version": 1}, TrainRecipe(steps=9), tmp_path)
+    assert "of_a_later_version" in caught.value.got

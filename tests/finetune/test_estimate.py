@@ -142,9 +142,11 @@ def test_what_fits_is_what_is_free_and_there_already() -> None:
 def test_saving_memory_is_advised_where_it_is_not_done_yet() -> None:
     assert guards.less_memory(recipe(batch_size=6), 1, 4)[0].startswith("--accumulation 2,")
     assert guards.less_memory(recipe(batch_size=6, accumulation=2), 1, 3) == [
-        "--gradient-checkpointing", "--ema-on-cpu",
+        "--gradient-checkpointing", "--ema-on-cpu", "--optimizer adamw-8bit",
     ]  # fmt: skip
-    assert guards.less_memory(recipe(ema_on_cpu=True, batch_size=8), 2, 0)[1:] == ["--gradient-checkpointing"]
+    assert guards.less_memory(recipe(ema_on_cpu=True, optimizer="adamw-8bit", batch_size=8), 2, 0)[1:] == [
+        "--gradient-checkpointing"
+    ]
 
 
 def test_a_run_with_a_progress_bar_says_it_on_stderr(
