@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
-.PHONY: help setup check test test-extras test-all demo evidence benchmarks rounds before-finetuning loss-defaults bench bench-scoring bench-train engine-comparison reference clean distclean
+.PHONY: help setup check test test-extras test-all demo evidence long-run benchmarks rounds before-finetuning loss-defaults bench bench-scoring bench-train engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -78,7 +78,7 @@ test-all: $(STAMP) ## every test this machine can run, with the full matrices
 demo: $(STAMP) ## the whole chain on the reference model, about five minutes; continues after a stop
 	$(BIN)/dpctl run --out demo
 
-evidence: $(STAMP) ## the long run behind docs/, about half an hour; continues after a stop
+long-run: $(STAMP) ## the chain of docs/evidence.md, with the slim network from scratch; half an hour, continues
 	$(BIN)/dpctl run examples/evidence.toml --out evidence
 	$(BIN)/dpctl bench reference evidence/finetuned --out evidence/all-threads --rounds 40 --samples 0 --force
 	mkdir -p docs/evidence/all-threads
@@ -86,7 +86,11 @@ evidence: $(STAMP) ## the long run behind docs/, about half an hour; continues a
 	cp evidence/all-threads/bench.json evidence/all-threads/*.md evidence/all-threads/*.svg docs/evidence/all-threads/
 	sed -i 's#$(CURDIR)/##g; s#$(HOME)/#~/#g' docs/evidence/*.json docs/evidence/*.md docs/evidence/all-threads/*.json \
 		docs/evidence/all-threads/*.md
-	echo "[evidence] docs/evidence/report.md; the page is evidence/bench/report.html"
+	echo "[long-run] docs/evidence/report.md; the page is evidence/bench/report.html"
+
+evidence: $(STAMP) ## docs/experiments.md: criteria, distillation, seeds, scratch; ten hours of two cores, goes on after a stop
+	seq $(JOBS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I_ $(BIN)/python scripts/experiments.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/experiments.py --page docs/experiments.md
 
 benchmarks: $(STAMP) ## docs/benchmarks.md: every backend without a GPU over four step counts, half an hour; continues after a stop
 	$(BIN)/dpctl run examples/benchmarks.toml --out benchmarks

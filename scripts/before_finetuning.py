@@ -29,7 +29,7 @@ from dpctl.errors import DpctlError
 from dpctl.models import load_model, resolve
 from dpctl.prune import prune
 from dpctl.prune.probe import Probe, open_probe
-from dpctl.recipe import PruneRecipe, to_dict
+from dpctl.recipe import PruneRecipe, differing, to_dict
 from dpctl.report.page import interval
 from dpctl.sample import Wish, sample_bytes
 from dpctl.signature import sample_size
@@ -135,12 +135,17 @@ class Gauge:
         }
 
 
+def alike(saved: Entry | None, recipe: Any) -> bool:
+    """Tell whether an arm was made by this recipe, or without any, as now."""
+    return saved is None if recipe is None else saved is not None and differing(saved, recipe) is None
+
+
 def fill(done: dict[str, Entry], names: Iterable[str], gauge: Gauge, save: Callable[[], None]) -> None:
     """Measure the arms that `done` does not hold yet by the same recipe; save after each."""
     for name in names:
         recipe = recipe_of(name, done)
         asked = {"recipe": to_dict(recipe) if recipe else None}
-        if name in done and done[name]["recipe"] == asked["recipe"]:
+        if name in done and alike(done[name]["recipe"], recipe):
             sys.stderr.write(f"{name}: done before\n")
             continue
         began = time.perf_counter()

@@ -31,19 +31,23 @@ from dpctl.prune import prune
 from dpctl.recipe import FinetuneRecipe, PruneRecipe, to_dict
 from dpctl.report.page import interval
 from dpctl.signature import sample_size
-from scripts.before_finetuning import MODEL, Gauge, options, read, write, write_between
+from scripts.before_finetuning import MODEL, Gauge, alike, options, read, write, write_between
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "finetuning" / "loss_defaults.json"
 BEGIN, END = "<!-- loss-defaults: begin -->", "<!-- loss-defaults: end -->"
 
 CUT = PruneRecipe(target_macs=0.5, align=16)
 # Checkpoints would only take time: an arm is short.
-BASE = FinetuneRecipe(steps=200, distillation=3.0, validation=256, validate_every=200, checkpoint_every=200)
+BASE = FinetuneRecipe(
+    steps=200, distillation=3.0, mixed_precision="bf16", validation=256, validate_every=200, checkpoint_every=200
+)
 # What the arms change in BASE.
 ARMS: dict[str, dict[str, Any]] = {
     "denoising": {"distillation": 0.0},
     "distillation-1": {"distillation": 1.0},
     "distillation-3": {},
+    "learning-rate-1e-3": {"learning_rate": 1e-3},
+    "learning-rate-2e-3": {"learning_rate": 2e-3},
     "distillation-10": {"distillation": 10.0},
     "distillation-alone": {"denoising": 0.0, "distillation": 1.0},
     # On this cut the error of the features begins as large as the denoising error, with a gradient of the same norm.
@@ -130,7 +134,7 @@ def fill(done: dict[str, Entry], arms: Iterable[tuple[str, int]], bench: Bench, 
     for arm, seed in arms:
         name, recipe = key_of(arm, seed), recipe_of(arm, seed)
         asked = {"recipe": to_dict(recipe) if recipe else None}
-        if name in done and done[name]["recipe"] == asked["recipe"]:
+        if name in done and alike(done[name]["recipe"], recipe):
             sys.stderr.write(f"{name}: done before\n")
             continue
         began = time.perf_counter()

@@ -51,7 +51,7 @@ def test_the_table_holds_the_arms_that_are_done_with_all_their_seeds(done: dict[
         "| `--feature-distillation 0.1` | 0.03710, 1.03710 | 2.5 [2, 4], 3.5 [2, 4] | - |",
         "| `--timestep-sampling importance` | 1.03710 | 3.5 [2, 4] | - |",
     ]
-    assert "dpctl finetune CUT --out DIR --steps 200 --validation 256 --validate-every 200" in text
+    assert "dpctl finetune CUT --out DIR --steps 200 --mixed-precision bf16 --validation 256" in text
     assert "importance" not in script.table(done, 1)
     assert script.table({}, 1) == ""
 
