@@ -60,7 +60,7 @@ class InPipeline:
         with _opened(self.directory, denoiser) as pipe:
             asked = {"seed": self.seed, "num_inference_steps": _steps(pipe.scheduler)}
             found = []
-            for numbers in _batches(pipe, self.directory, unet):
+            for numbers in _batches(pipe, self.directory):
                 denoiser.numbers = numbers
                 texts = [self.prompts[number % len(self.prompts)] for number in numbers] if self.prompts else None
                 found.append(draw_images(pipe, indices=numbers, prompts=texts, **asked))
@@ -135,7 +135,7 @@ def open_paint(model: Model, recipe: FinetuneRecipe, prompts: Sequence[str], exa
 def _steps(scheduler: Any) -> int:
     """Return how many steps a picture takes; a model of few timesteps, or a consistency model, has no more."""
     grids = (scheduler.config.get(name) for name in ("num_train_timesteps", "original_inference_steps"))
-    return min(STEPS, *(int(grid) for grid in grids if grid is not None))
+    return min([STEPS, *(int(grid) for grid in grids if grid is not None)])
 
 
 @contextmanager
@@ -147,9 +147,9 @@ def _opened(directory: Path, denoiser: EagerDenoiser) -> Iterator[Any]:
         yield pipe
 
 
-def _batches(pipe: Any, directory: Path, unet: Any) -> list[range]:
+def _batches(pipe: Any, directory: Path) -> list[range]:
     """Return which images are drawn together: few large ones, which a VAE takes much memory to decode."""
     vae = pipe.components[decoder_of(directory)]
-    height, width = (2 ** (len(vae.config.block_out_channels) - 1) * side for side in sample_size(unet.config))
+    height, width = (2 ** (len(vae.config.block_out_channels) - 1) * side for side in sample_size(pipe.unet.config))
     together = max(1, PIXELS_TOGETHER // (height * width))
     return [range(start, min(start + together, IMAGES)) for start in range(0, IMAGES, together)]

@@ -12,6 +12,7 @@ import torch
 from dpctl.data import save_picture, to_bytes
 from dpctl.data.latents import release
 from dpctl.errors import DpctlError
+from dpctl.finetune import guards
 from dpctl.finetune.checkpoint import SHEETS
 from dpctl.finetune.painting import IMAGES, OverPixels, Paint
 from dpctl.finetune.state import State
@@ -59,7 +60,9 @@ class Sheets:
         try:
             images = self.paint(unet)
         # A network can be far from its weights-to-be, and memory short for pictures: no reason to end its training.
-        except (DpctlError, torch.OutOfMemoryError) as problem:
+        except (DpctlError, RuntimeError) as problem:
+            if not isinstance(problem, DpctlError) and not guards.is_exhaustion(problem):
+                raise
             failed, got = problem.args[:2] if isinstance(problem, DpctlError) else ("out of memory", str(problem))
             say(f"no sample sheet of step {step}: {failed} ({got.splitlines()[0]})")
             return None

@@ -136,7 +136,12 @@ def test_networks_with_classes_show_one_after_the_other(
 
 
 @pytest.mark.parametrize(
-    "failing", [DpctlError("the images are not finite", "NaN", ""), torch.OutOfMemoryError("1 GiB")]
+    "failing",
+    [
+        DpctlError("the images are not finite", "NaN", ""),
+        torch.OutOfMemoryError("1 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_a_sheet_that_fails_is_said_and_the_training_goes_on(
     tmp_path: Path, make_tiny: Any, failing: Exception, capsys: pytest.CaptureFixture
