@@ -38,7 +38,10 @@ TimestepSampling = Annotated[
 ]
 Prompts = Annotated[
     str | None,
-    typer.Option(help="What the teacher draws under --data teacher: a text file, a line each.", show_default=False),
+    typer.Option(
+        help="What the teacher draws under --data teacher, and sheets show: a text file, a line each.",
+        show_default=False,
+    ),
 ]
 Drawn = Annotated[int, typer.Option(help="Images that the teacher draws under --data teacher.")]
 DrawnSteps = Annotated[int, typer.Option(help="Steps that it draws each of them in.")]

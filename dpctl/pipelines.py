@@ -4,6 +4,8 @@ Only classes of diffusers and transformers are built, from safetensors: code fou
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,3 +138,23 @@ def hide_progress() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers and transformers from saying the same again each time."""
+    import diffusers
+
+    loggers: list[Any] = [diffusers.utils.logging]
+    if diffusers.utils.is_transformers_available():
+        from transformers.utils import logging
+
+        loggers.append(logging)
+    before = [logger.get_verbosity() for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.set_verbosity_error()
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)

@@ -76,6 +76,8 @@ RESUMABLE = (
     "accumulation", "ema_on_cpu", "gradient_checkpointing", "checkpoint_every", "keep", "sample_every", "tracker",
 )  # fmt: skip
 
+TEACHER = "teacher"  # the data that it draws itself
+
 
 @dataclass(frozen=True)
 class TrainRecipe(LoopRecipe):
@@ -96,7 +98,7 @@ class FinetuneRecipe(LoopRecipe):
     The loss is `denoising` times the denoising error, plus `distillation` times the error to the teacher's output, plus
     `feature_distillation` times the error to the outputs of its blocks. With `data = "teacher"` the teacher draws
     the training images itself, `drawn` of them in `drawn_steps` steps each; `prompts` is a text file, one per line, of
-    what it draws if it draws what a text says.
+    what it draws if it draws what a text says, and of what the sample sheets show.
     """
 
     teacher: str = "parent"
@@ -300,9 +302,11 @@ def differing(saved: Mapping[str, Any], wanted: Any) -> str | None:
     What an older version did not write is what it did then, the default. Of a training that does not count which
     changes nothing in what comes out: how a batch is divided, what is kept or shown.
     """
-    free = RESUMABLE if isinstance(wanted, LoopRecipe) else ()
+    free = {*RESUMABLE} if isinstance(wanted, LoopRecipe) else set()
+    if isinstance(wanted, FinetuneRecipe) and wanted.data != TEACHER:
+        free.add("prompts")  # only sample sheets show them
     older, asked = to_dict(type(wanted)()) | dict(saved), to_dict(wanted)
-    names = sorted({*older, *asked} - {*free})
+    names = sorted({*older, *asked} - free)
     return next((name for name in names if older.get(name) != asked.get(name)), None)
 
 

@@ -17,7 +17,7 @@ from dpctl.data.images import Images
 from dpctl.data.latents import FRAMES, INDICES, Latents, Scaling, release
 from dpctl.errors import DpctlError
 from dpctl.models import read_index
-from dpctl.pipelines import hide_progress, load_text_parts, pipeline_class
+from dpctl.pipelines import hide_progress, load_text_parts, pipeline_class, quiet
 from dpctl.progress import say
 from dpctl.signature import Signature
 
@@ -48,6 +48,11 @@ class Captioned(Latents):
     ) -> None:
         super().__init__(images, rows, scaling)
         self._texts, self._numbers, self._size, self._dropout = texts, numbers, size, dropout
+
+    def captions(self, most: int) -> list[str]:
+        """Return the first captions that differ from one another, `most` of them where there are as many."""
+        _, places = np.unique(self._numbers, return_index=True)
+        return self._images.captions([self._indices[place] for place in sorted(places)[:most]])
 
     def _conditions(
         self, positions: Sequence[int], flips: Sequence[int], generators: Sequence[Generator] | None
@@ -116,7 +121,7 @@ def encode_captions(setting: cache.Setting, captions: Sequence[str]) -> cache.Ro
     def maker() -> Iterator[Any]:
         hide_progress()
         pipe = load_text_parts(kind, directory).to(device)
-        with _quiet():
+        with quiet():
             _report_cut(pipe, captions)
             yield partial(_encoded, pipe, captions)
         del pipe
@@ -149,20 +154,3 @@ def _report_cut(pipe: Any, captions: Sequence[str]) -> None:
     longer = sum(len(pipe.tokenizer(caption).input_ids) > most for caption in captions)
     if longer:
         say(f"{longer} of {len(captions)} captions have more than {most} tokens: what follows is not read")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from repeating that for each caption."""
-    import diffusers
-    import transformers
-
-    loggers = [library.utils.logging for library in (diffusers, transformers)]
-    before = [logger.get_verbosity() for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.set_verbosity_error()
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)

@@ -19,7 +19,6 @@ from dpctl.models import (
     PROGRESS,
     Model,
     build_unet,
-    decoder_of,
     load_model,
     read_config,
     resolve,
@@ -31,6 +30,7 @@ from dpctl.recipe import (
     CROPS,
     MIXED_PRECISIONS,
     OPTIMIZERS,
+    TEACHER,
     TIMESTEP_SAMPLINGS,
     TRACKERS,
     FinetuneRecipe,
@@ -39,7 +39,6 @@ from dpctl.recipe import (
     to_dict,
 )
 
-TEACHER = "teacher"  # the data that it draws itself
 CHOICES = {
     "optimizer": OPTIMIZERS,
     "mixed_precision": MIXED_PRECISIONS,
@@ -60,14 +59,12 @@ def train(
     """
     import diffusers
 
-    from dpctl.finetune import sheets
     from dpctl.finetune.loss import Objective
 
     check(recipe)
     _check_packages(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     unet = build_random(_config(recipe.config), recipe.seed)
-    sheets.check(unet.config, None, recipe.sample_every)
     scheduler = diffusers.DDPMScheduler()
     objective = Objective(scheduler, min_snr_gamma=recipe.min_snr_gamma)
     state = _loop(unet, objective, open_pixels(unet, recipe), recipe, out, start, None, bar)
@@ -95,21 +92,22 @@ def finetune(
     of distillation are 0. Returns and raises as `train` does; a DpctlError also for a teacher that is missing or does
     not match.
     """
-    from dpctl.finetune import sheets
+    from dpctl.finetune import painting
     from dpctl.finetune.loss import open_objective
 
     check(recipe)
     _check_packages(recipe)
     start = _start(out, recipe, resume=resume, force=force)
     source = load_model(model)
-    sheets.check(source.unet.config, decoder_of(source.directory), recipe.sample_every)
+    prompts = painting.check(source, recipe)
     if start is not None:
         checkpoint.require_same_parent(start, source.digest, checkpoint.folder_for(out))
     teacher = _teacher(source, recipe)
     unet = build_random(dict(source.unet.config), recipe.seed) if recipe.from_scratch else source.unet
     objective = open_objective(source, unet, teacher if _is_taught(recipe) else None, recipe)
     examples = _examples(source, teacher, recipe, bar)
-    state = _loop(unet, objective, examples, recipe, out, start, source.digest, bar)
+    paint = painting.open_paint(source, recipe, prompts, examples)
+    state = _loop(unet, objective, examples, recipe, out, start, source.digest, bar, paint)
     if state.ema is None:
         return None
     with artifact.writing(out, force=force) as directory:
@@ -133,6 +131,7 @@ def _loop(
     start: Checkpoint | None,
     parent: str | None,
     bar: progress.Bar,
+    paint: Any = None,
 ) -> Any:
     from dpctl.finetune.loop import train as train_loop
     from dpctl.finetune.processes import open_accelerator
@@ -158,6 +157,7 @@ def _loop(
             parent=parent,
             advance=advance,
             say=None if bar is progress.no_bar else progress.say,
+            paint=paint,
         )
 
 
@@ -174,9 +174,11 @@ def check(recipe: LoopRecipe) -> None:
     if recipe.patience and not recipe.validation:
         got = f"patience {recipe.patience}, validation 0"
         raise DpctlError("an early stop needs images to judge by", got, "hold some out, e.g. --validation 256")
-    if isinstance(recipe, FinetuneRecipe) and recipe.prompts is not None and recipe.data != TEACHER:
-        todo = "leave --prompts out, or let the teacher draw them with --data teacher"
-        raise DpctlError("prompts are what the teacher draws", f"--data {recipe.data}", todo)
+    if isinstance(recipe, FinetuneRecipe) and recipe.prompts is not None and not _has_drawings(recipe):
+        todo = (
+            "leave --prompts out, or let the teacher draw them with --data teacher, or the sheets with --sample-every N"
+        )
+        raise DpctlError("prompts are what the teacher draws, or sample sheets", f"--data {recipe.data}", todo)
     if isinstance(recipe, FinetuneRecipe) and recipe.denoising == 0.0 and not _is_taught(recipe):
         raise DpctlError(
             "the loss has no term", "all weights are 0", "give one of the loss's weights a positive number"
@@ -259,6 +261,10 @@ def build_random(config: dict[str, Any], seed: int) -> Any:
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         raise DpctlError("the config gives no network that runs", reason, "correct the config.json") from None
     return unet
+
+
+def _has_drawings(recipe: FinetuneRecipe) -> bool:
+    return recipe.data == TEACHER or recipe.sample_every > 0
 
 
 def _is_taught(recipe: FinetuneRecipe) -> bool:

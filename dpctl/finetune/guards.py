@@ -54,13 +54,18 @@ def memory_explained(recipe: LoopRecipe, processes: int) -> Iterator[None]:
     """Turn the exhaustion of memory into a DpctlError that says what takes less of it."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as problem:
-        if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
+    except RuntimeError as problem:
+        if not is_exhaustion(problem):
             raise
         images = -(-recipe.batch_size // (processes * recipe.accumulation))
         got = f"{images} images at a time: {str(problem).splitlines()[0]}"
         todo = ", then ".join(less_memory(recipe, processes, images // 2))
         raise DpctlError("memory does not suffice for a training step", got, f"try {todo}") from None
+
+
+def is_exhaustion(problem: Exception) -> bool:
+    """Tell whether an error says that there is no more memory, of a GPU or of the machine."""
+    return isinstance(problem, torch.OutOfMemoryError) or "allocate memory" in str(problem)
 
 
 def less_memory(recipe: LoopRecipe, processes: int, fits: int) -> list[str]:

@@ -23,6 +23,7 @@ from dpctl.finetune.checkpoint import Checkpoint
 from dpctl.finetune.draws import Draws, Split
 from dpctl.finetune.loss import Objective
 from dpctl.finetune.meter import Meter
+from dpctl.finetune.painting import Paint
 from dpctl.finetune.state import Ema, State
 from dpctl.finetune.timesteps import make_timesteps
 from dpctl.recipe import LoopRecipe, to_dict
@@ -40,13 +41,14 @@ def train(
     parent: str | None = None,
     advance: progress.Advance = progress.silent,
     say: Callable[[str], None] | None = None,
+    paint: Paint | None = None,
 ) -> State:
     """Train `unet` in place and return the state at the end; in the main process `unet` has the averaged weights then.
 
     `folder` receives the checkpoints, which name `parent`, the digest of the model that `unet` is; `start` is the one
-    to go on from; `say` is told what the training will take. Raises a DpctlError when loss or gradient are no longer
-    finite, the loss runs away or memory is short (the last good checkpoint is kept), and StoppedError after a signal
-    that asked for an end.
+    to go on from; `say` is told what the training will take; `paint` draws the sample sheets, without it a network over
+    pixels does. Raises a DpctlError when loss or gradient are no longer finite, the loss runs away or memory is short
+    (the last good checkpoint is kept), and StoppedError after a signal that asked for an end.
     """
     split = Split(recipe.batch_size, recipe.accumulation, accelerator.process_index, accelerator.num_processes)
     draws, parts = Draws(examples, recipe), split.parts()
@@ -58,7 +60,7 @@ def train(
         examples, held_out, objective.scheduler, first_timestep(unet), recipe.batch_size, recipe.seed
     )
 
-    pictures = sheets.open_sheets(objective, recipe, folder)
+    pictures = sheets.open_sheets(objective, recipe, folder, paint)
     estimate.tell(state, objective, draws, recipe, accelerator, say)
     meter = Meter(recipe.batch_size, accelerator.device, share=split.processes)
 

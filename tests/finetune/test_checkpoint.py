@@ -125,7 +125,11 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("changed", "entry"),
-    [({"seed": 1}, "seed was 0, now 1"), ({"min_snr_gamma": 5.0}, "min_snr_gamma was None, now 5.0")],
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"min_snr_gamma": 5.0}, "min_snr_gamma was None, now 5.0"),
+        ({"data": "teacher", "prompts": "a.txt"}, "data was 'reference', now 'teacher'"),
+    ],
 )
 def test_another_recipe_is_refused_by_the_entry(tmp_path: Path, changed: dict[str, Any], entry: str) -> None:
     saved = to_dict(FinetuneRecipe(steps=9))
@@ -134,6 +138,14 @@ def test_another_recipe_is_refused_by_the_entry(tmp_path: Path, changed: dict[st
     assert entry in caught.value.got
     assert str(tmp_path) in caught.value.got
     checkpoint.require_same_recipe(saved, FinetuneRecipe(steps=9, keep=5), tmp_path)
+
+
+def test_prompts_count_where_the_teacher_draws_them(tmp_path: Path) -> None:
+    saved = to_dict(FinetuneRecipe(sample_every=5, prompts="a.txt"))
+    checkpoint.require_same_recipe(saved, FinetuneRecipe(sample_every=2, prompts="b.txt"), tmp_path)
+    checkpoint.require_same_recipe(saved, FinetuneRecipe(), tmp_path)
+    with pytest.raises(DpctlError, match="another recipe"):
+        checkpoint.require_same_recipe(saved | {"data": "teacher"}, FinetuneRecipe(data="teacher"), tmp_path)
 
 
 def test_what_an_older_version_did_not_write_is_the_default(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ from dpctl.recipe import FinetuneRecipe, LoopRecipe, TrainRecipe
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*arguments: object, processes: int = 2) -> list[str]:
+def launch(*arguments: object, processes: int = 2, run: Sequence[object] = ("-m", "dpctl")) -> list[str]:
     """Return the command that really starts several processes on a CPU (`accelerate launch --cpu` starts one)."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*run, "--no-python", sys.executable, "-m", "dpctl", *map(str, arguments)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*torchrun, "--no-python", sys.executable, *map(str, run), *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -64,25 +64,80 @@ def test_a_batch_in_parts_is_the_batch(
     close(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_two_processes_train_as_one(tmp_path: Path, family: Path, tuning: Callable[..., FinetuneRecipe]) -> None:
-    recipe = tuning(steps=5, batch_size=6, validation=8, validate_every=2, timestep_sampling="antithetic")
-    finetune(str(family / "pruned"), tmp_path / "one", recipe)
+class Divided(NamedTuple):
+    """A finetuning that two processes made: what was asked for, where it lies, and what they said."""
+
+    recipe: FinetuneRecipe
+    asked: list[str]
+    out: Path
+    said: str
+    told: str
+
+
+@pytest.fixture(scope="module")
+def divided(family: Path, toy_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Divided:
+    recipe = FinetuneRecipe(data=str(toy_images), steps=5, batch_size=6, warmup_steps=1, checkpoint_every=1,
+                            validation=8, validate_every=2, timestep_sampling="antithetic")  # fmt: skip
     asked = options(recipe, "data", "steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "validation",
                     "validate_every", "timestep_sampling", "checkpoint_every")  # fmt: skip
-    done = subprocess.run(
-        launch("finetune", family / "pruned", "--out", tmp_path / "two", *asked, "--json"),
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    out = tmp_path_factory.mktemp("divided") / "two"
+    command = launch("finetune", family / "pruned", "--out", out, *asked, "--json")
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kind"] == "finetuned"  # one document, from one process
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    ours, theirs = (json.loads((tmp_path / name / "dpctl.json").read_text())["stats"] for name in ("one", "two"))
+    return Divided(recipe, asked, out, done.stdout, done.stderr)
+
+
+def test_two_processes_train_as_one(tmp_path: Path, family: Path, divided: Divided) -> None:
+    finetune(str(family / "pruned"), tmp_path / "one", divided.recipe)
+    assert json.loads(divided.said)["kind"] == "finetuned"  # one document, from one process
+    assert losses(divided.out) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    close(weights(divided.out), weights(tmp_path / "one"))
+    ours, theirs = (json.loads((out / "dpctl.json").read_text())["stats"] for out in (tmp_path / "one", divided.out))
     assert [each["step"] for each in theirs["validated"]] == [2, 4, 5]
     for one, two in zip(ours["validated"], theirs["validated"], strict=True):
         assert two["buckets"] == pytest.approx(one["buckets"], rel=1e-3)
     assert ours["processes"] == 1
     assert theirs["processes"] == 2
+
+
+def test_what_it_will_take_is_told_once(divided: Divided) -> None:
+    told = divided.told.splitlines()
+    assert [sum(line.startswith(f"{what}: about ") for line in told) for what in ("memory", "time")] == [1, 1]
+
+
+# Runs the command, and notes below the folder that is its first argument which process drew for a sheet.
+NOTING = """
+import os, sys
+from pathlib import Path
+from dpctl import cli
+from dpctl.finetune.sheets import Sheets
+
+notes, row = Path(sys.argv.pop(1)), Sheets._row
+
+def noted(self, unet, step):
+    with (notes / os.environ["RANK"]).open("a") as stream:
+        stream.write(f"{step} {'teacher' if unet is self.teacher else 'network'}\\n")
+    return row(self, unet, step)
+
+Sheets._row = noted
+cli.main()
+"""
+
+
+def test_sheets_are_drawn_by_one_process_and_change_nothing(tmp_path: Path, family: Path, divided: Divided) -> None:
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    notes.mkdir()
+    (tmp_path / "noting.py").write_text(NOTING)
+    asked = (*divided.asked, "--sample-every", 4)
+    command = launch(notes, "finetune", family / "pruned", "--out", out, *asked, run=(tmp_path / "noting.py",))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in notes.iterdir()] == ["0"]
+    assert (notes / "0").read_text().splitlines() == ["4 teacher", "4 network", "5 network"]
+    assert (out / "progress.png").is_file()
+    assert losses(out) == losses(divided.out)
+    for name, tensor in weights(out).items():
+        assert torch.equal(tensor, weights(divided.out)[name]), name
 
 
 def test_what_one_process_began_two_go_on_with(
