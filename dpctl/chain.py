@@ -142,9 +142,18 @@ def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progres
 
 
 def _prune(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+    return _stage(out, recipe, digest, lambda: prune(model, out, recipe, force=True, bar=bar))
+
+
+def prune(
+    model: str, out: Path, recipe: PruneRecipe, *, force: bool = False, bar: progress.Bar = progress.no_bar
+) -> Manifest:
+    """Prune a model by a recipe, also to a latency, and write the slim one; raises what either raises."""
+    from dpctl import latency
     from dpctl import prune as pruning
 
-    return _stage(out, recipe, digest, lambda: pruning.prune(model, out, recipe, force=True, bar=bar))
+    carried_out = pruning.prune if recipe.latency is None else latency.prune_to_latency
+    return carried_out(model, out, recipe, force=force, bar=bar)
 
 
 def source_digest(model: str) -> str:

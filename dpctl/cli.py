@@ -39,6 +39,13 @@ def prune(
     ratio: options.Ratio = None,
     target_macs: options.TargetMacs = None,
     target_params: options.TargetParams = None,
+    target_latency: options.TargetLatency = None,
+    backend: options.LatencyBackend = None,
+    precision: options.LatencyPrecision = None,
+    latency_batch: options.LatencyBatch = None,
+    latency_of: options.LatencyOf = None,
+    num_inference_steps: options.LatencySteps = None,
+    threads: options.LatencyThreads = None,
     weighting: options.Weighting = PRUNE.weighting,
     threshold: options.Threshold = PRUNE.threshold,
     reduction: options.Reduction = PRUNE.reduction,
@@ -63,7 +70,10 @@ def prune(
     json_: options.Json = False,
 ) -> None:
     """Cut channels out of a model's UNet; the result loads in stock diffusers."""
-    recipe = options.recipe(PruneRecipe, locals(), keep=options.patterns(keep), only=options.patterns(only))
+    latency = options.latency(locals())
+    globs = {"keep": options.patterns(keep), "only": options.patterns(only)}
+    recipe = options.recipe(PruneRecipe, locals(), latency=latency, **globs)
+    from dpctl import chain
     from dpctl import prune as pruning
 
     if dry_run:
@@ -71,7 +81,7 @@ def prune(
         return
     from dpctl import inspect
 
-    manifest = pruning.prune(model, out, recipe, force=force, bar=progress.bar)
+    manifest = chain.prune(model, out, recipe, force=force, bar=progress.bar)
     print_report(inspect.report(manifest, out), json_)
 
 

@@ -109,11 +109,28 @@ def _figures(kind: str, directory: Path, digest: str, stats: dict[str, Any]) -> 
         table.add_row("asked", f"{name.replace('_', ' ')} {value:g}")
     if "achieved" in stats:
         table.add_row("achieved", ", ".join(f"{name} {value:.4f}" for name, value in stats["achieved"].items()))
-    for name, text in (*_surgery(stats), *_engines(stats)):
+    for name, text in (*_latency(stats), *_surgery(stats), *_engines(stats)):
         table.add_row(name, text)
     if "steps" in stats:
         table.add_row("trained", f"{stats['steps']} steps, loss of the last 50: {stats['loss']:.4f}")
     return table
+
+
+def _latency(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a line on what the latency was to be, and one for every candidate that was timed for it."""
+    found = stats.get("latency")
+    if not found:
+        return
+    asked = found["asked"]
+    what = "a call of the network" if asked["of"] == "unet" else f"images in {asked['num_inference_steps']} steps"
+    size = "x".join(map(str, asked["size"]))
+    where = f"{asked['backend']}, {asked['precision']}, {asked['batch_size']} images ({asked['rows']} rows) of {size}"
+    yield "latency asked", f"{asked['target']} of {what}: {asked['share']:.3f} on {where}"
+    for build in found["builds"]:
+        chosen = ", chosen" if build["ratio"] == found["measured"]["ratio"] else ""
+        took = f"{units.seconds(build['latency_s'])} of {units.seconds(build['baseline_latency_s'])}"
+        spread = f"[{build['low']:.3f}, {build['high']:.3f}]"
+        yield f"at {units.percent(build['macs'])} MACs", f"{build['ratio']:.3f} {spread}, {took}{chosen}"
 
 
 def _surgery(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from dpctl.errors import DpctlError
-from dpctl.recipe import EngineRecipe
+from dpctl.recipe import EngineRecipe, LatencyRecipe
 
 R = TypeVar("R")
 
@@ -105,6 +105,31 @@ Ratio = Annotated[
 TargetMacs = Annotated[float | None, typer.Option("--target-macs", help="MACs as a fraction of the unpruned model's.")]
 TargetParams = Annotated[
     float | None, typer.Option("--target-params", help="Parameters as a fraction of the unpruned model's.")
+]
+TargetLatency = Annotated[
+    str | None,
+    typer.Option("--target-latency", help="A fraction of the unpruned model's latency, e.g. 0.5, or a time: 12ms."),
+]
+LatencyBackend = Annotated[
+    str | None, typer.Option("--backend", help="What the latency is of: ort (default), ov or trt.", show_default=False)
+]
+LatencyPrecision = Annotated[
+    str | None,
+    typer.Option("--precision", help="Of the timed network: fp32 (default), fp16, bf16.", show_default=False),
+]
+LatencyBatch = Annotated[
+    int | None, typer.Option("--latency-batch", help="Images that are timed at once; default 1.", show_default=False)
+]
+LatencyOf = Annotated[
+    str | None,
+    typer.Option("--latency-of", help="unet (a call of the network, default) or image.", show_default=False),
+]
+LatencySteps = Annotated[
+    int | None,
+    typer.Option("--num-inference-steps", help="Steps of an image; default 20.", show_default=False),
+]
+LatencyThreads = Annotated[
+    int | None, typer.Option("--threads", help="Threads of the timed network; default torch's.", show_default=False)
 ]
 Threshold = Annotated[
     float, typer.Option("--threshold", help="T of diff-pruning: timesteps with L_t / L_max > T count.")
@@ -242,6 +267,29 @@ def engine(trt: bool, **given: Any) -> EngineRecipe | None:
     if options:
         got = ", ".join(option.replace("_", " ") for option in options)
         raise DpctlError("options of an engine, but none is to be built", got, "add --trt, or leave them out")
+    return None
+
+
+# What the entries of a latency target are called as options of `dpctl prune`.
+OF_LATENCY = {
+    "target_latency": "target",
+    "backend": "backend",
+    "precision": "precision",
+    "latency_batch": "batch_size",
+    "latency_of": "of",
+    "num_inference_steps": "num_inference_steps",
+    "threads": "threads",
+}
+
+
+def latency(given: dict[str, Any]) -> LatencyRecipe | None:
+    """Build the recipe of a latency target from a command's options; a DpctlError for those of one not asked for."""
+    found = {entry: given[name] for name, entry in OF_LATENCY.items() if given[name] is not None}
+    if "target" in found:
+        return LatencyRecipe(**found)
+    if found:
+        got, todo = ", ".join(found).replace("_", " "), "add --target-latency, or leave them out"
+        raise DpctlError("options of a latency target, but there is none", got, todo)
     return None
 
 

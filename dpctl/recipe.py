@@ -19,6 +19,7 @@ SCOPES = ("auto", "local", "global")
 LAYOUTS = ("free", "stock")
 REDUCTIONS = ("sum-abs", "abs-sum")
 FRACTIONS_OF = ("model", "unpruned")
+LATENCIES_OF = ("unet", "image")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 TIMESTEP_SAMPLINGS = ("uniform", "antithetic", "importance")
 CROPS = ("center", "random")
@@ -112,8 +113,29 @@ class FinetuneRecipe(LoopRecipe):
 
 
 @dataclass(frozen=True)
+class LatencyRecipe:
+    """What `dpctl prune --target-latency` has to meet, and where it is measured: on this machine, at the model's size.
+
+    * `target`: a fraction of the unpruned model's latency, such as "0.5", or a time with its unit, such as "12ms".
+    * `backend` and `precision`: what runs the exported network.
+    * `batch_size`: images at a time; guidance doubles the network's own batch.
+    * `of`: unet (one call of the network) or image (a whole batch of them, in `num_inference_steps` of `scheduler`).
+    * `threads`: torch's own number of them without.
+    """
+
+    target: str = "0.5"
+    backend: str = "ort"
+    precision: str = "fp32"
+    batch_size: int = 1
+    of: str = "unet"
+    num_inference_steps: int = 20
+    scheduler: str = "ddim"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
 class PruneRecipe:
-    """`dpctl prune`: exactly one of ratio, target_macs and target_params is set.
+    """`dpctl prune`: exactly one of ratio, target_macs, target_params and latency is set.
 
     * `weighting`: which timesteps count: those above the `threshold`, all (uniform), the early ones, or what the
       criterion has of its own (auto).
@@ -135,6 +157,7 @@ class PruneRecipe:
     ratio: float | None = None
     target_macs: float | None = None
     target_params: float | None = None
+    latency: LatencyRecipe | None = None
     weighting: str = "auto"
     threshold: float = 0.05
     reduction: str = "sum-abs"
@@ -275,7 +298,7 @@ def _completed(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     for name, default in to_dict(kind()).items():
         table = values.get(name)
         if isinstance(default, dict) and isinstance(table, dict):
-            replaced = TARGETS if any(target in table for target in TARGETS) else ()
+            replaced = TARGETS if any(target in table for target in (*TARGETS, "latency")) else ()
             completed[name] = {key: value for key, value in default.items() if key not in replaced} | table
     return completed
 

@@ -17,6 +17,15 @@ def seconds(value: float) -> str:
     return _scaled(value, _SECONDS, "s")
 
 
+def parse_seconds(text: str) -> float:
+    """Read a time with its unit, such as ``12ms`` or ``0.5 s``, into seconds. Raises a ValueError for anything else."""
+    for scale, unit in sorted(_SECONDS, key=lambda pair: -len(pair[1])):
+        number, found, rest = text.strip().partition(unit)
+        if found and not rest:
+            return float(number) * scale
+    raise ValueError(f"no time with a unit: {text!r}")
+
+
 def bytes_(value: float) -> str:
     """Format a size in decimal units (1 MB = 10^6 bytes), never MiB under the name of MB."""
     return _scaled(value, _BYTES, "B")

@@ -21,8 +21,9 @@ from dpctl.bench.gpu import Meter
 from dpctl.bench.light import peak_flops
 from dpctl.data import to_bytes
 from dpctl.errors import DpctlError
-from runtime import BACKENDS
+from runtime import BACKENDS, open_denoiser
 from runtime.denoiser import memory_used
+from runtime.layers import random_inputs
 
 CPU = torch.device("cpu")
 
@@ -104,6 +105,34 @@ class Subject:
         return {"layers": None if layers is None else [asdict(layer) for layer in layers]}
 
 
+class Network:
+    """An open network alone, without anything that draws pictures with it."""
+
+    def __init__(self, directory: str, backend: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._denoiser: Any = open_denoiser(directory, backend, threads=threads).__enter__()
+        self.opened = {"device": str(self._denoiser.device), "precision": getattr(self._denoiser, "precision", "fp32")}
+
+    def calls(self, rows: int, least: int, least_s: float) -> dict[str, Any]:
+        """Call the network with `rows` rows, `least` times and for `least_s` at least; return each call's latency.
+
+        One unmeasured call goes first, as in a turn.
+        """
+        inputs = random_inputs(self._denoiser.signature, self._denoiser.config, rows)
+        found: list[float] = []
+        self._call(inputs)
+        while len(found) < least or sum(found) < least_s:
+            found.append(self._call(inputs))
+        return {"latency_s": found}
+
+    def _call(self, inputs: dict[str, Any]) -> float:
+        self._denoiser.synchronize()
+        began = time.perf_counter()
+        self._denoiser(**inputs)
+        self._denoiser.synchronize()
+        return time.perf_counter() - began
+
+
 def device_memory() -> int:
     """Return the bytes that are taken of the GPU, by whomever; 0 without one."""
     if not torch.cuda.is_available():
@@ -127,7 +156,9 @@ def light(threads: int) -> dict[str, Any]:
     return {"flops": max(peak_flops(device, threads).flops_per_s)}
 
 
+OPENED: dict[str, Callable[..., Any]] = {"open": Subject, "open_network": Network}
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "calls": Network.calls,
     "first": Subject.first,
     "memory": Subject.memory,
     "state": Subject.state,
@@ -139,7 +170,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def serve(requests: TextIO, replies: TextIO) -> None:
     """Answer requests until the pipe closes; a DpctlError is an answer, anything else ends the process."""
-    subject: Subject | None = None
+    subject: Any = None
     for line in requests:
         request = json.loads(line)
         what = request.pop("what")
@@ -147,8 +178,8 @@ def serve(requests: TextIO, replies: TextIO) -> None:
             answer: dict[str, Any]
             if what == "light":
                 answer = light(**request)
-            elif what == "open":
-                subject = Subject(**request)
+            elif what in OPENED:
+                subject = OPENED[what](**request)
                 answer = subject.opened
             else:
                 answer = COMMANDS[what](subject, **request)

@@ -44,16 +44,7 @@ def prune(
         got = f"ratio {recipe.ratio}, align {recipe.align}: no group loses a whole step"
         raise DpctlError("nothing would be pruned", got, "ask for a larger --ratio, or lower --align")
     scanned = {"sensitivity": _scan(source, recipe, bar)} if recipe.sensitivity else {}
-    with artifact.writing(out, force=force) as directory:
-        save_model(directory, model=source, unet=pruned.unet)
-        _save_kept(directory, source, pruned)
-        return artifact.write_manifest(
-            directory,
-            kind="pruned",
-            recipe=to_dict(recipe),
-            stats=pruned.stats | {"bytes": cost.file_bytes(directory)} | scanned,
-            **artifact.descent(source.manifest, source.digest, source.source),
-        )
+    return write(out, source, pruned, recipe, force=force, **scanned)
 
 
 def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
@@ -85,6 +76,31 @@ def _scan(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, An
     return {"model": source.digest} | found
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A model whose channels have been scored once: any number of cuts can be planned from it.
+
+    `groups`, `network` and `levels` are as `target.trace` has them, `scores` by group. `images` are None under a
+    criterion that needs none.
+    """
+
+    source: Model
+    recipe: PruneRecipe
+    groups: Any
+    network: Any
+    levels: Any
+    scores: dict[str, list[float]]
+    scheduler: Any
+    images: Any
+    most: int
+    comparable: bool
+    refits: bool
+
+    def plan(self, recipe: PruneRecipe) -> tuple[PruningPlan, dict[str, Any] | None]:
+        """Return the plan for a target, and in the layout `stock` the result's config."""
+        return plan_for(self.source, self.network, self.scores, recipe, self.comparable, self.levels)
+
+
 def prune_unet(
     source: Model, recipe: PruneRecipe, *, weights: bool = True, bar: progress.Bar = progress.no_bar
 ) -> Pruned:
@@ -92,12 +108,18 @@ def prune_unet(
 
     Without `weights` nothing is cut: the slim network is on the meta device, and everything told of it is true.
     """
+    scored = score(source, recipe, bar=bar)
+    plan, stock = scored.plan(recipe)
+    return cut(scored, plan, stock, recipe, weights=weights, refit=scored.refits, bar=bar)
+
+
+def score(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Scored:
+    """Score the channels of `source` by the recipe's criterion. Raises a DpctlError for what it cannot score."""
     from dpctl.diffusion import trained_schedule
     from dpctl.prune.attached import require_plain
-    from dpctl.prune.compensate import BATCHES, compensates, make_up
+    from dpctl.prune.compensate import BATCHES, compensates
     from dpctl.prune.importance import Scoring
     from dpctl.prune.probe import open_images, require_fed
-    from dpctl.prune.surgery import kept_indices, outline, regrouped, slim
 
     require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
@@ -112,18 +134,57 @@ def prune_unet(
         require_fed(source, *UNFITTED)
     scoring = Scoring(source.unet, groups.prunable, scheduler, images, recipe, bar)
     scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
-    plan, stock = plan_for(source, network, scores, recipe, criterion.COMPARABLE, levels)
-    kept = kept_indices(source.unet, groups, plan)
-    small = (slim if weights else outline)(source.unet, kept, stock, groups.whole)
-    stats = _stats(source, small, network, plan, recipe) | {
-        "left_alone": groups.left_alone,
-        "in_parts": groups.in_parts,
-        "regrouped_norms": regrouped(source.unet, small, kept),
+    return Scored(
+        source, recipe, groups, network, levels, scores, scheduler, images, most, criterion.COMPARABLE, refits
+    )
+
+
+def cut(
+    scored: Scored,
+    plan: PruningPlan,
+    stock: dict[str, Any] | None,
+    recipe: PruneRecipe,
+    *,
+    weights: bool = True,
+    refit: bool = False,
+    bar: progress.Bar = progress.no_bar,
+) -> Pruned:
+    """Cut a scored model by a plan; `refit` compensates, see `dpctl.prune.compensate`.
+
+    `recipe` is what led to the plan, and `weights` as in `prune_unet`.
+    """
+    from dpctl.prune.compensate import make_up
+    from dpctl.prune.probe import open_images
+    from dpctl.prune.surgery import kept_indices, outline, regrouped, slim
+
+    unet = scored.source.unet
+    kept = kept_indices(unet, scored.groups, plan)
+    small = (slim if weights else outline)(unet, kept, stock, scored.groups.whole)
+    stats = _stats(scored.source, small, scored.network, plan, recipe) | {
+        "left_alone": scored.groups.left_alone,
+        "in_parts": scored.groups.in_parts,
+        "regrouped_norms": regrouped(unet, small, kept),
     }
-    if weights and kept and refits:
-        images = images or open_images(source, recipe, most, *UNFITTED, bar)
-        stats["compensation"] = make_up(source.unet, small, kept, scheduler, images, recipe, bar)
+    if weights and kept and refit:
+        images = scored.images or open_images(scored.source, recipe, scored.most, *UNFITTED, bar)
+        stats["compensation"] = make_up(unet, small, kept, scored.scheduler, images, recipe, bar)
     return Pruned(small, plan, kept, stats)
+
+
+def write(
+    out: Path, source: Model, pruned: Pruned, recipe: PruneRecipe, *, force: bool = False, **more: Any
+) -> Manifest:
+    """Write a slim network as a model directory; `more` stands in the manifest's stats, too."""
+    with artifact.writing(out, force=force) as directory:
+        save_model(directory, model=source, unet=pruned.unet)
+        _save_kept(directory, source, pruned)
+        return artifact.write_manifest(
+            directory,
+            kind="pruned",
+            recipe=to_dict(recipe),
+            stats=pruned.stats | {"bytes": cost.file_bytes(directory)} | more,
+            **artifact.descent(source.manifest, source.digest, source.source),
+        )
 
 
 def would_cut(model: str, recipe: PruneRecipe) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 from dpctl import registry
 from dpctl.errors import DpctlError
-from dpctl.recipe import FRACTIONS_OF, LAYOUTS, REDUCTIONS, SCOPES, WEIGHTINGS, PruneRecipe
+from dpctl.recipe import FRACTIONS_OF, LAYOUTS, REDUCTIONS, SCOPES, TARGETS, WEIGHTINGS, PruneRecipe
 
 CRITERIA = "dpctl.prune.criteria"
 
@@ -66,14 +66,16 @@ def _check_read(recipe: PruneRecipe, criterion: Any) -> None:
 
 
 def _check_target(recipe: PruneRecipe) -> None:
-    targets = {"ratio": recipe.ratio, "target_macs": recipe.target_macs, "target_params": recipe.target_params}
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
+    given = {name: getattr(recipe, name) for name in TARGETS if getattr(recipe, name) is not None}
+    names = [*given, *(["target_latency"] if recipe.latency is not None else [])]
+    if len(names) != 1:
         raise DpctlError(
             "pruning needs exactly one target",
-            ", ".join(given) or "none",
-            "give one of --ratio, --target-macs, --target-params",
+            ", ".join(names) or "none",
+            "give one of --ratio, --target-macs, --target-params, --target-latency",
         )
+    if recipe.latency is not None:
+        return  # dpctl.latency checks what it has to meet
     name, value = next(iter(given.items()))
     if not 0.0 < value < 1.0:
         raise DpctlError(

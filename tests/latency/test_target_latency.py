@@ -1,0 +1,213 @@
+"""A latency target: what it asks for, how the search comes near to it, and what stands in the artifact."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dpctl import chain, latency
+from dpctl.artifact import read_manifest
+from dpctl.bench.compare import Estimate
+from dpctl.cost import stats
+from dpctl.errors import DpctlError
+from dpctl.inspect import report
+from dpctl.latency import Build, choose, clock, propose, search
+from dpctl.latency.clock import Clock, Timed
+from dpctl.latency.goal import check, read_goal
+from dpctl.models import load_model
+from dpctl.progress import no_bar
+from dpctl.recipe import ExportRecipe, LatencyRecipe, PruneRecipe
+from export.to_onnx import export_model
+
+WANTED = PruneRecipe("magnitude", latency=LatencyRecipe("0.6"), align=1)
+
+
+@pytest.mark.parametrize(("text", "baseline_s", "share"), [("0.5", 9.0, 0.5), ("12ms", 0.024, 0.5), ("2 s", 4.0, 0.5)])
+def test_a_target_is_a_share_or_a_time(text: str, baseline_s: float, share: float) -> None:
+    assert read_goal(text).of(baseline_s) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "1", "1.5", "nan", "-0.5", "fast", "ms", "0 ms", "-3ms", "infms", "nans", "12 m"]
+)
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(DpctlError, match="--target-latency") as caught:
+        read_goal(text)
+    assert "12ms" in caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"backend": "eager"}, "for a backend that runs exported networks"),
+        ({"backend": "orrt"}, "unknown backend"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"of": "step"}, "kind of latency"),
+        ({"scheduler": "dimm"}, "unknown scheduler"),
+        ({"batch_size": 0}, "below 1"),
+        ({"threads": -1}, "below 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    recipe = PruneRecipe("magnitude", latency=LatencyRecipe(**{"target": "0.5"} | changed))
+    with pytest.raises(DpctlError, match=message):
+        chain.prune("no model is looked at", tmp_path / "out", recipe)
+    assert check(LatencyRecipe("3ms")).latency_s == pytest.approx(0.003)
+
+
+def test_a_target_beside_another_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DpctlError, match="exactly one target") as caught:
+        chain.prune("reference", tmp_path / "out", PruneRecipe(target_macs=0.5, latency=LatencyRecipe()))
+    assert caught.value.got == "target_macs, target_latency"
+
+
+def timed(ratio: float) -> Timed:
+    return Timed(Estimate(ratio, ratio, ratio, 9), ratio * 0.01, 0.01)
+
+
+class Stairs:
+    """Exports of networks whose MACs come in steps; a clock that knows what they take."""
+
+    def __init__(self, takes: Callable[[float], float], steps: int = 1000, floor: float = 0.0) -> None:
+        self.takes, self.steps, self.floor = takes, steps, floor
+
+    def cut(self, macs: float) -> Any:
+        level = max(int(macs * self.steps), int(self.floor * self.steps) + 1)
+        return SimpleNamespace(widths={"all": level}, macs=level / self.steps)
+
+    def build(self, candidate: Any) -> Any:
+        return candidate.macs
+
+    def time(self, macs: Any) -> Timed:
+        return timed(self.takes(macs))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("bend", [0.7, 1.0, 1.4])
+def test_a_few_builds_come_near(share: float, constant: float, bend: float) -> None:
+    stairs: Any = Stairs(lambda macs: constant + (1 - constant) * macs**bend)
+    builds = search(stairs, stairs, share, no_bar)
+    assert abs(choose(builds, share).timed.ratio.value / share - 1) <= latency.CLOSE
+    assert len(builds) <= latency.BUILDS // 2
+
+
+def test_coarse_steps_end_the_search_at_the_nearest() -> None:
+    stairs: Any = Stairs(lambda macs: macs, steps=10)
+    builds = search(stairs, stairs, 0.57, no_bar)
+    assert {build.candidate.macs for build in builds} >= {0.5, 0.6}
+    assert len(builds) == len({build.candidate.macs for build in builds}) < latency.BUILDS
+    assert choose(builds, 0.57).candidate.macs == 0.5
+    assert choose(builds, 0.58).candidate.macs == 0.6
+
+
+def test_a_target_below_the_floor_names_it() -> None:
+    stairs: Any = Stairs(lambda macs: 0.2 + 0.8 * macs, floor=0.25)
+    builds = search(stairs, stairs, 0.3, no_bar)
+    with pytest.raises(DpctlError, match="cannot be reached") as caught:
+        choose(builds, 0.3)
+    assert "0.401" in caught.value.got
+    assert "0.401" in caught.value.todo
+
+
+def test_the_next_candidate_lies_between_its_neighbours() -> None:
+    def built(macs: float, ratio: float) -> Build:
+        return Build(SimpleNamespace(macs=macs), timed(ratio))  # type: ignore[arg-type]
+
+    assert 0.0 < propose([], 0.5) < 0.5
+    builds = [built(0.4, 0.55), built(0.3, 0.45)]
+    assert propose(builds, 0.5) == pytest.approx(0.35)
+    assert choose(builds, 0.46).candidate.macs == 0.3
+
+
+@pytest.fixture
+def by_macs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Let a clock read the MACs of what is exported: what a test can know beforehand. Returns what was timed."""
+    seen: list[Path] = []
+
+    def macs(directory: Path) -> float:
+        manifest = read_manifest(directory)
+        assert manifest is not None
+        return float(manifest.stats["macs"])
+
+    def time(self: Clock, directory: Path) -> Timed:
+        seen.append(directory)
+        return timed(0.1 + 0.9 * macs(directory) / macs(self.baseline))
+
+    monkeypatch.setattr(Clock, "time", time)
+    return seen
+
+
+def test_the_artifact_says_what_was_asked_and_what_every_candidate_took(
+    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path]
+) -> None:
+    manifest = chain.prune(str(toy_pipeline), tmp_path / "out", WANTED)
+    told = manifest.stats["latency"]
+    assert told["asked"] == {
+        "target": "0.6", "backend": "ort", "precision": "fp32", "batch_size": 1, "of": "unet",
+        "num_inference_steps": 20, "scheduler": "ddim", "share": 0.6, "rows": 1, "size": [8, 8],
+    }  # fmt: skip
+    assert len(told["builds"]) == len(by_macs) >= 1
+    assert told["measured"] in [{k: v for k, v in build.items() if k != "macs"} for build in told["builds"]]
+    model = load_model(tmp_path / "out")
+    assert stats(model.unet)["macs"] / manifest.stats["unpruned"]["macs"] == pytest.approx(
+        (told["measured"]["ratio"] - 0.1) / 0.9
+    )
+    assert manifest.stats["achieved"]["latency"] == told["measured"]["ratio"] <= 1.05 * 0.6
+    assert read_manifest(tmp_path / "out") == manifest
+    assert "asked" in str(report(manifest, tmp_path / "out").json["stats"]["latency"])
+    assert not list(tmp_path.glob("*candidate*"))
+
+
+def test_a_pruned_model_is_timed_against_the_unpruned_one(
+    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path]
+) -> None:
+    first = chain.prune(str(toy_pipeline), tmp_path / "first", PruneRecipe("magnitude", target_macs=0.8, align=1))
+    second = chain.prune(str(tmp_path / "first"), tmp_path / "second", WANTED)
+    ratio = second.stats["latency"]["measured"]["ratio"]
+    assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
+
+
+def test_the_real_clock_refuses_what_no_machine_can_do(
+    toy_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "TOO_WIDE", math.inf)  # the tests' machine is never quiet
+    monkeypatch.setattr(clock, "MOST", clock.FEWEST)
+    for target, message in (("100s", "meets the target already"), ("1 us", "cannot be reached")):
+        recipe = PruneRecipe("magnitude", latency=LatencyRecipe(target, threads=1), align=1)
+        with pytest.raises(DpctlError, match=message):
+            chain.prune(str(toy_pipeline), tmp_path / "out", recipe)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("of", ["unet", "image"])
+def test_the_real_clock_times_both_turn_by_turn(
+    toy_pipeline: Path, tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "TOO_WIDE", math.inf)
+    export_model(load_model(toy_pipeline), tmp_path / "one", ExportRecipe(batch=(1, 2, 2)))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    wanted = LatencyRecipe(of=of, num_inference_steps=2, batch_size=2)
+    with Clock(tmp_path / "one", wanted, rows=2, threads=1) as running:
+        found = running.time(tmp_path / "two")
+        assert running.baseline_s() > 0
+    assert clock.FEWEST <= found.ratio.count <= clock.MOST
+    assert found.ratio.low <= found.ratio.value <= found.ratio.high
+    monkeypatch.setattr(clock, "TOO_WIDE", 0.0)
+    with Clock(tmp_path / "one", wanted, rows=2, threads=1) as running, pytest.raises(DpctlError) as caught:
+        running.time(tmp_path / "two")
+    assert caught.value.failed == "this machine is too noisy to measure a latency"
+    assert "stop what else runs here" in caught.value.todo
+
+
+def test_options_of_no_target_are_refused(dpctl: Any, tmp_path: Path) -> None:
+    found = dpctl("prune", "reference", "--out", tmp_path / "out", "--ratio", "0.5", "--backend", "ort")
+    assert found.code == 1
+    assert "options of a latency target, but there is none" in found.err
+    shown = dpctl("prune", "x", "--out", "y", "--target-latency", "12ms", "--latency-of", "image", "--dry-run")
+    assert json.loads(shown.out)["latency"]["of"] == "image"
