@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from dpctl.errors import DpctlError, StoppedError
 from dpctl.printing import console, print_json, print_report
 from dpctl.recipe import (
     ChainRecipe,
+    LatencyRecipe,
     PruneRecipe,
     read_recipe,
 )
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 PRUNE = PruneRecipe()
+LATENCY = LatencyRecipe()
 
 
 @app.command()
@@ -46,6 +48,7 @@ def prune(
     latency_of: options.LatencyOf = None,
     num_inference_steps: options.LatencySteps = None,
     threads: options.LatencyThreads = None,
+    latency_model: options.LatencyModel = None,
     weighting: options.Weighting = PRUNE.weighting,
     threshold: options.Threshold = PRUNE.threshold,
     reduction: options.Reduction = PRUNE.reduction,
@@ -83,6 +86,29 @@ def prune(
 
     manifest = chain.prune(model, out, recipe, force=force, bar=progress.bar)
     print_report(inspect.report(manifest, out), json_)
+
+
+@app.command()
+def profile(
+    model: options.ModelArgument,
+    out: Annotated[Path, typer.Option(help="The latency file to write.", show_default=False)],
+    backend: Annotated[str, typer.Option(help="ort, ov or trt.")] = LATENCY.backend,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = LATENCY.precision,
+    latency_batch: Annotated[int, typer.Option(help="Images at a time.")] = LATENCY.batch_size,
+    threads: options.LatencyThreads = None,
+    networks: Annotated[int, typer.Option(help="Slim networks that are timed.")] = 24,
+    held_out: Annotated[int, typer.Option(help="More of them, to judge predictions by.")] = 0,
+    seed: options.Seed = 0,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    json_: options.Json = False,
+) -> None:
+    """Time slim networks of all widths, so that a latency can be predicted: see `dpctl prune --latency-model`."""
+    from dpctl.latency import profile as profiling
+
+    recipe = LatencyRecipe(backend=backend, precision=precision, batch_size=latency_batch, threads=threads)
+    asked: dict[str, Any] = {"networks": networks, "held_out": held_out, "seed": seed, "resume": resume, "force": force}
+    print_report(profiling.profile(model, out, recipe, **asked, bar=progress.bar), json_)
 
 
 app.command()(cli_train.finetune)

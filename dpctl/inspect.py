@@ -126,11 +126,15 @@ def _latency(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
     size = "x".join(map(str, asked["size"]))
     where = f"{asked['backend']}, {asked['precision']}, {asked['batch_size']} images ({asked['rows']} rows) of {size}"
     yield "latency asked", f"{asked['target']} of {what}: {asked['share']:.3f} on {where}"
-    for build in found["builds"]:
-        chosen = ", chosen" if build["ratio"] == found["measured"]["ratio"] else ""
-        took = f"{units.seconds(build['latency_s'])} of {units.seconds(build['baseline_latency_s'])}"
-        spread = f"[{build['low']:.3f}, {build['high']:.3f}]"
-        yield f"at {units.percent(build['macs'])} MACs", f"{build['ratio']:.3f} {spread}, {took}{chosen}"
+    for number, build in enumerate(found["builds"]):
+        told = [f"predicted {build['predicted']:.3f}"] if "predicted" in build else []
+        if "ratio" in build:
+            took = f"{units.seconds(build['latency_s'])} of {units.seconds(build['baseline_latency_s'])}"
+            told += [f"{build['ratio']:.3f} [{build['low']:.3f}, {build['high']:.3f}], {took}"]
+        else:
+            told += ["by a model of another machine, not measured"]
+        told += ["chosen"] if number == found["chosen"] else []
+        yield f"at {units.percent(build['macs'])} MACs", ", ".join(told)
 
 
 def _surgery(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -131,6 +131,10 @@ LatencySteps = Annotated[
 LatencyThreads = Annotated[
     int | None, typer.Option("--threads", help="Threads of the timed network; default torch's.", show_default=False)
 ]
+LatencyModel = Annotated[
+    str | None,
+    typer.Option("--latency-model", help="Plan by this file of `dpctl profile`.", show_default=False),
+]
 Threshold = Annotated[
     float, typer.Option("--threshold", help="T of diff-pruning: timesteps with L_t / L_max > T count.")
 ]
@@ -279,6 +283,7 @@ OF_LATENCY = {
     "latency_of": "of",
     "num_inference_steps": "num_inference_steps",
     "threads": "threads",
+    "latency_model": "model",
 }
 
 

@@ -121,6 +121,7 @@ class LatencyRecipe:
     * `batch_size`: images at a time; guidance doubles the network's own batch.
     * `of`: unet (one call of the network) or image (a whole batch of them, in `num_inference_steps` of `scheduler`).
     * `threads`: torch's own number of them without.
+    * `model`: a latency file of `dpctl profile`, by which widths are planned; without one candidates are tried.
     """
 
     target: str = "0.5"
@@ -131,6 +132,7 @@ class LatencyRecipe:
     num_inference_steps: int = 20
     scheduler: str = "ddim"
     threads: int | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class Network:
     """An open network alone, without anything that draws pictures with it."""
 
     def __init__(self, directory: str, backend: str, threads: int) -> None:
+        self._directory, self._backend, self._threads = Path(directory), backend, threads
         torch.set_num_threads(threads)
         self._denoiser: Any = open_denoiser(directory, backend, threads=threads).__enter__()
         self.opened = {"device": str(self._denoiser.device), "precision": getattr(self._denoiser, "precision", "fp32")}
@@ -124,6 +125,12 @@ class Network:
         while len(found) < least or sum(found) < least_s:
             found.append(self._call(inputs))
         return {"latency_s": found}
+
+    def profile(self, rows: int, runs: int) -> dict[str, Any]:
+        """Return the time of every layer in one call, by the backend's profiler, which opens the network once more."""
+        take = registry.load(BACKENDS, self._backend, "backend").profile
+        asked: dict[str, Any] = {"threads": self._threads, "batch_size": rows, "runs": runs}
+        return {"layers": [asdict(layer) for layer in take(self._directory, **asked)]}
 
     def _call(self, inputs: dict[str, Any]) -> float:
         self._denoiser.synchronize()
@@ -159,6 +166,7 @@ def light(threads: int) -> dict[str, Any]:
 OPENED: dict[str, Callable[..., Any]] = {"open": Subject, "open_network": Network}
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "calls": Network.calls,
+    "layers": Network.profile,
     "first": Subject.first,
     "memory": Subject.memory,
     "state": Subject.state,

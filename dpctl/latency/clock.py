@@ -14,6 +14,7 @@ from dpctl.errors import DpctlError
 from dpctl.models import decoder_of
 from dpctl.pipelines import pipeline_class, takes_text
 from dpctl.recipe import LatencyRecipe
+from runtime.layers import LayerTime
 
 # Rounds: at least, and until the interval of the ratio is this narrow, and at most.
 FEWEST, MOST, NARROW = 9, 60, 0.02
@@ -54,7 +55,8 @@ class Clock:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Self:
-        self._base = self._open(self.baseline, self._stack)
+        worker = self._stack.enter_context(Worker("the unpruned network", self.threads))
+        self._base = self._open(self.baseline, worker)
         self._base()
         return self
 
@@ -70,24 +72,32 @@ class Clock:
 
         Raises a DpctlError for one that cannot run, and where the machine is too noisy to tell.
         """
-        with ExitStack() as stack:
-            ours = self._open(directory, stack)
-            ours()  # warms up, as the baseline has
-            mine: list[float] = []
-            theirs: list[float] = []
-            while len(mine) < MOST:
-                turns = [(theirs, self._base), (mine, ours)]
-                for taken, turn in turns[:: 1 if len(mine) % 2 else -1]:
-                    taken.append(turn())
-                found = paired_ratio(mine, theirs)
-                if len(mine) >= FEWEST and found.high - found.low <= NARROW * found.value:
-                    break
+        with Worker(directory.name, self.threads) as worker:
+            return self._timed(self._open(directory, worker))
+
+    def profile(self, directory: Path, passes: int) -> tuple[Timed, list[LayerTime]]:
+        """Return the same with the time of every layer by the backend's profiler, the median of some passes."""
+        with Worker(directory.name, self.threads) as worker:
+            timed = self._timed(self._open(directory, worker))
+            told = worker.ask("layers", rows=self.rows, runs=passes)["layers"]
+        return timed, [LayerTime(**layer) for layer in told]
+
+    def _timed(self, ours: Callable[[], float]) -> Timed:
+        ours()  # warms up, as the baseline has
+        mine: list[float] = []
+        theirs: list[float] = []
+        while len(mine) < MOST:
+            turns = [(theirs, self._base), (mine, ours)]
+            for taken, turn in turns[:: 1 if len(mine) % 2 else -1]:
+                taken.append(turn())
+            found = paired_ratio(mine, theirs)
+            if len(mine) >= FEWEST and found.high - found.low <= NARROW * found.value:
+                break
         _require_told(found)
         return Timed(found, median(mine), median(theirs))
 
-    def _open(self, directory: Path, stack: ExitStack) -> Callable[[], float]:
-        """Open a directory in a process of its own and return what takes a turn there, in seconds."""
-        worker = stack.enter_context(Worker(directory.name, self.threads))
+    def _open(self, directory: Path, worker: Worker) -> Callable[[], float]:
+        """Open a directory in a process and return what takes a turn there, in seconds."""
         asked: dict[str, Any] = {"directory": str(directory.absolute()), "backend": self.recipe.backend}
         asked["threads"] = self.threads
         if self.recipe.of == "unet":

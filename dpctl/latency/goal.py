@@ -56,6 +56,9 @@ def check(recipe: LatencyRecipe) -> Goal:
     registry.choose(LATENCIES_OF, recipe.of, "kind of latency")
     check_export(ExportRecipe(precision=recipe.precision))
     check_scheduler(recipe.scheduler)
+    if recipe.model is not None and recipe.of != "unet":
+        got = f"a latency of {recipe.of}, and {recipe.model}"
+        raise DpctlError("a latency file is of calls of the network", got, "leave --latency-of or --latency-model out")
     numbers = (recipe.batch_size, recipe.num_inference_steps, recipe.threads or 1)
     if min(numbers) < 1:
         got = f"batch {recipe.batch_size}, steps {recipe.num_inference_steps}, threads {recipe.threads}"

@@ -1,0 +1,114 @@
+"""The file of a latency model: what was run, where, and for which network; a model made elsewhere says so."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpctl import environment
+from dpctl.errors import DpctlError
+from dpctl.latency.model import Sample
+from dpctl.recipe import LatencyRecipe
+
+FORMAT_VERSION = 1
+# What a prediction is of: another of these is another latency.
+CONDITIONS = ("backend", "precision", "batch_size", "rows", "size", "threads")
+# What makes two machines unlike, of what `environment.describe` says: these, and the versions of what runs networks.
+MACHINE, RUNTIMES = ("processor", "gpu"), ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A latency file: the conditions, the unpruned network's latency, and the networks that were run.
+
+    `model` is the digest of the model, `held_out` are networks to judge the fit by. The machine's speed drifts: all
+    latencies are as if the unpruned network took `baseline_s` every time.
+    """
+
+    model: str
+    conditions: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    seed: int
+    baseline_s: float
+    samples: tuple[Sample, ...] = ()
+    held_out: tuple[Sample, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def is_from_here(self) -> bool:
+        """Tell whether it was made on a machine like this one."""
+        there, here = (
+            [*(each.get(name) for name in MACHINE), *(each.get("libraries", {}).get(name) for name in RUNTIMES)]
+            for each in (self.environment, environment.describe())
+        )
+        return there == here
+
+    def with_sample(self, sample: Sample, *, held_out: bool) -> "Profile":
+        """Return the file with another network that was run."""
+        if held_out:
+            return replace(self, held_out=(*self.held_out, sample))
+        return replace(self, samples=(*self.samples, sample))
+
+    def write(self, path: Path) -> None:
+        """Write the file: whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.writing")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a latency file, strictly. Raises a DpctlError for anything that is none."""
+    todo = "give a file that `dpctl profile` wrote"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DpctlError("no such latency file", str(path), "make one with `dpctl profile`") from None
+    except (OSError, ValueError) as problem:
+        raise DpctlError("the latency file cannot be read", f"{path}: {problem}", todo) from None
+    try:
+        if values["format_version"] != FORMAT_VERSION:
+            got = f"{path}: version {values['format_version']}, this dpctl reads {FORMAT_VERSION}"
+            raise DpctlError("the latency file is of another version", got, "make it again with `dpctl profile`")
+        if not (isinstance(values["model"], str) and isinstance(values["seed"], int)):
+            raise TypeError("model or seed")
+        samples, held_out = (tuple(_sample(each) for each in values[name]) for name in ("samples", "held_out"))
+        conditions, made_on = dict(values["conditions"]), dict(values["environment"])
+        described = (values["model"], conditions, made_on, values["seed"], float(values["baseline_s"]))
+        return Profile(*described, samples, held_out)
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        raise DpctlError("the latency file is damaged", f"{path}: {problem}", todo) from None
+
+
+def _sample(values: Mapping[str, Any]) -> Sample:
+    latency_s, widths, layers = values["latency_s"], values["widths"], values["layers"]
+    if not (isinstance(latency_s, float) and latency_s > 0):
+        raise ValueError(f"a latency of {latency_s}")
+    if not all(type(width) is int and width >= 0 for width in widths.values()):
+        raise ValueError("a width that is none")
+    return Sample(widths, {name: float(time) for name, time in layers.items()}, latency_s)
+
+
+def require_fitting(profile: Profile, model: str, wanted: Mapping[str, Any], path: Path) -> None:
+    """Raise a DpctlError that names what of a latency file is not what is wanted: its model or a condition."""
+    if profile.model != model:
+        got = f"{path}: of the model {profile.model[:12]}, and this is {model[:12]}"
+        raise DpctlError("the latency file is of another model", got, "make one of this model with `dpctl profile`")
+    for name in CONDITIONS:
+        if profile.conditions.get(name) != wanted[name]:
+            got = f"{path}: {name.replace('_', ' ')} {profile.conditions.get(name)}, asked for {wanted[name]}"
+            todo = "ask for what it was made for, or make another with `dpctl profile`"
+            raise DpctlError("the latency file is of another measurement", got, todo)
+
+
+def conditions(recipe: LatencyRecipe, rows: int, size: Sequence[int], threads: int) -> dict[str, Any]:
+    """Return what a latency of the network depends on, beside the network and the machine."""
+    return {
+        "backend": recipe.backend,
+        "precision": recipe.precision,
+        "batch_size": recipe.batch_size,
+        "rows": rows,
+        "size": list(size),
+        "threads": threads,
+    }

@@ -1,0 +1,127 @@
+"""What a network of any widths would take, learnt from the layers' times of a few that were run: no torch, no model.
+
+A layer costs base + per_input * a + per_output * b + per_product * a * b, with the widths a and b of its sides rounded
+up to the block of channels that the backend's kernels work in. What no layer of the network accounts for (activations,
+concatenation, resampling, changes of layout) follows the volume of what the layers put out. A profiler costs time
+itself, so the sum is scaled to what the whole network took.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+
+from dpctl.prune.allocation import Term
+from dpctl.prune.plan import Layer, Network, Side
+
+# Blocks of channels that kernels of processors and tensor cores work in.
+STEPS = (1, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A network that was run: the width of every group, and the time of a whole call.
+
+    `layers` has the time of every module by the backend's profiler; what no module asked for has the name "".
+    """
+
+    widths: Mapping[str, int]
+    layers: Mapping[str, float]
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """A term for every layer, and the constant part; seconds of one call."""
+
+    terms: tuple[Term, ...]
+    constant_s: float
+    step: int
+
+    def predict(self, widths: Mapping[str, int]) -> float:
+        """Return what a network of these widths takes, in seconds."""
+        return self.constant_s + sum(cost(term, widths) for term in self.terms)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far predictions are from what networks took that the model has not seen."""
+
+    rank_correlation: float
+    median_error: float
+    worst_error: float
+    pairs: tuple[tuple[float, float], ...] = field(default=())
+
+
+def cost(term: Term, widths: Mapping[str, int]) -> float:
+    """Return what a layer costs at these widths; one without a side is gone."""
+    a, b = (_rounded(side.width(widths), term.step) for side in (term.inputs, term.outputs))
+    return (term.base + term.per_input * a + term.per_output * b + term.per_product * a * b) if a and b else 0.0
+
+
+def _rounded(width: int, step: int) -> int:
+    return -(-width // step) * step
+
+
+def fit(network: Network, samples: Sequence[Sample]) -> LatencyModel:
+    """Learn what networks of other widths take; the step is the one whose predictions fit the layers' times best."""
+    found = [(_layers(network, samples, step), step) for step in STEPS]
+    (terms, _), step = min(found, key=lambda each: each[0][1])
+    volumes = np.array([[1.0, _volume(network, sample.widths)] for sample in samples])
+    known = {layer.name for layer in network.layers}
+    rest = np.array([sum(t for name, t in sample.layers.items() if name not in known) for sample in samples])
+    (base, per_value), _ = nnls(volumes, rest)
+    terms = [_with_output(term, layer, per_value) for term, layer in zip(terms, network.layers, strict=True)]
+    sums = np.array([base + sum(cost(term, sample.widths) for term in terms) for sample in samples])
+    (scale, constant), _ = nnls(np.stack([sums, np.ones(len(samples))], 1), np.array([s.latency_s for s in samples]))
+    return LatencyModel(tuple(_scaled(term, scale) for term in terms), float(constant + scale * base), step)
+
+
+def _layers(network: Network, samples: Sequence[Sample], step: int) -> tuple[list[Term], float]:
+    """Return a term for every layer, and the sum of squares that is left of their times."""
+    terms, left = [], 0.0
+    for layer in network.layers:
+        sides = [[_rounded(side.width(s.widths), step) for s in samples] for side in (layer.inputs, layer.outputs)]
+        a, b = (np.array(side, dtype=float) for side in sides)
+        if not layer.positions:  # a norm
+            a = np.zeros_like(b)
+        features = np.stack([np.ones_like(a), a, b, a * b], 1)
+        times = np.array([sample.layers.get(layer.name, 0.0) for sample in samples])
+        scale = np.maximum(features.max(0), 1.0)
+        solution, residual = nnls(features / scale, times)
+        base, per_input, per_output, per_product = (float(value) for value in solution / scale)
+        inputs = layer.inputs if layer.positions else Side(1)
+        terms.append(Term(layer.name, inputs, layer.outputs, base, per_input, per_output, per_product, step))
+        left += residual**2
+    return terms, left
+
+
+def _volume(network: Network, widths: Mapping[str, int]) -> float:
+    return float(sum(layer.positions * layer.outputs.width(widths) for layer in network.layers))
+
+
+def _with_output(term: Term, layer: Layer, per_value: float) -> Term:
+    """Charge a layer for what is done with its outputs, value by value."""
+    return replace(term, per_output=term.per_output + per_value * layer.positions)
+
+
+def _scaled(term: Term, scale: float) -> Term:
+    parts = {name: getattr(term, name) * scale for name in ("base", "per_input", "per_output", "per_product")}
+    return replace(term, **parts)
+
+
+def accuracy(model: LatencyModel, samples: Sequence[Sample]) -> Accuracy:
+    """Compare predictions with what networks took that were not fitted on."""
+    pairs = [(model.predict(sample.widths), sample.latency_s) for sample in samples]
+    predicted, measured = np.array(pairs).T
+    errors = np.abs(predicted / measured - 1.0)
+    rank = float(spearmanr(predicted, measured).statistic)
+    return Accuracy(rank, float(np.median(errors)), float(errors.max()), tuple(pairs))
+
+
+def to_json(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Return samples as plain values."""
+    return [{"widths": dict(s.widths), "layers": dict(s.layers), "latency_s": s.latency_s} for s in samples]

@@ -1,0 +1,70 @@
+"""Widths that meet a latency: planned by a latency model, whose predictions are corrected by what candidates take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpctl import progress
+from dpctl.latency.build import Candidate, Exports
+from dpctl.latency.clock import Clock
+from dpctl.latency.document import conditions, read_profile, require_fitting
+from dpctl.latency.model import LatencyModel
+from dpctl.latency.profile import fitted
+from dpctl.latency.search import ALLOWED, Build, tell, timed
+from dpctl.latency.widths import plan_within
+from dpctl.models import Model
+from dpctl.prune import Scored
+from dpctl.prune.unpruned import unpruned_costs
+from dpctl.recipe import LatencyRecipe, PruneRecipe
+
+CORRECTIONS = 3
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A latency model of the network that is cut; `baseline_s` is what the unpruned one took when it was made."""
+
+    model: LatencyModel
+    baseline_s: float
+    is_from_here: bool
+
+    def foretell(self, scored: Scored, recipe: PruneRecipe, share: float) -> Build:
+        """Return the candidate that is predicted to take a share of the unpruned network's latency, at most."""
+        plan = plan_within(scored, recipe, self.model, share * self.baseline_s)
+        macs = scored.network.cost("macs", plan.widths()) / unpruned_costs(scored.source)["macs"]
+        return Build(Candidate(plan, None, macs), None, self.model.predict(plan.widths()) / self.baseline_s)
+
+
+def open_prediction(wanted: LatencyRecipe, source: Model, exports: Exports) -> Prediction | None:
+    """Read the recipe's latency file; None without one. Raises a DpctlError for one of something else."""
+    if wanted.model is None:
+        return None
+    path = Path(wanted.model)
+    found = read_profile(path)
+    require_fitting(found, source.digest, conditions(wanted, exports.rows, exports.size, exports.threads), path)
+    return Prediction(fitted(found, exports.network), found.baseline_s, found.is_from_here)
+
+
+def correct(
+    prediction: Prediction,
+    scored: Scored,
+    recipe: PruneRecipe,
+    exports: Exports,
+    clock: Clock,
+    share: float,
+    bar: progress.Bar,
+) -> list[Build]:
+    """Build and time the predicted network, and again with a corrected target where it misses by more than ALLOWED."""
+    builds: list[Build] = []
+    target = share
+    with bar("latency", 1 + CORRECTIONS) as advance:
+        for _ in range(1 + CORRECTIONS):
+            foretold = prediction.foretell(scored, recipe, target)
+            if any(foretold.candidate.widths == each.candidate.widths for each in builds):
+                break
+            builds.append(timed(foretold.candidate, exports, clock, foretold.predicted))
+            tell(builds, share)
+            advance(1)
+            if abs(builds[-1].share / share - 1.0) <= ALLOWED:
+                break
+            target *= share / builds[-1].share
+    return builds
