@@ -105,6 +105,8 @@ def _figures(kind: str, directory: Path, digest: str, stats: dict[str, Any]) -> 
             table.add_row(name.replace("_", " "), text)
     if "bytes" in stats:
         table.add_row("weights on disk", units.bytes_(stats["bytes"]))
+    if "narrowed_from" in stats:
+        table.add_row("narrowed from", f"{stats['narrowed_from'][:12]}, checked on one input")
     for name, value in (stats.get("requested") or {}).items():
         table.add_row("asked", f"{name.replace('_', ' ')} {value:g}")
     if "achieved" in stats:
