@@ -21,22 +21,23 @@ from dpctl.models import copy_components, load_scheduler, write_index
 from dpctl.signature import HEIGHT, OUTPUT, WIDTH, Signature, of_unet
 from export import golden, graph, half, verify
 from export.precision import tensor_types
+from export.shapes import TODO
 from export.widths import rewiden
 from runtime.backends.ort import exported as exported_manifest
 from runtime.backends.ort import graph_of, refuse_failed
 from runtime.network import Network
 
-TODO = "export the network itself"
 ROWS = 2
 
 
 def narrow(exported: Path, slim_unet: Any, out: Path) -> None:
     """Write `out`: the exported directory `exported` with its graph narrowed to `slim_unet`.
 
-    `slim_unet` has the layers of the exported network, of any widths, and its weights: float32, on the processor. Every
-    backend opens and times `out` as an export of that network; it holds neither golden values nor engines, and its
-    parity is not run. Raises a DpctlError, and writes nothing, for a network of other layers, a constant of the graph
-    that the widths do not determine, and a graph that does not give torch's output on one small input.
+    `slim_unet` has the layers of the exported network, of any widths, and its weights: float32, on the processor, in
+    eval mode. Every backend opens and times `out` as an export of that network; it holds neither golden values nor
+    engines, and its parity is not run. Raises a DpctlError, and writes nothing, for a network of other layers, a
+    constant of the graph that the widths do not determine, and a graph that does not give torch's output on one small
+    input.
     """
     manifest = exported_manifest(exported)
     refuse_failed(exported, manifest)
@@ -83,7 +84,11 @@ def _write_graph(source: Path, directory: Path, manifest: Manifest, unet: Any, s
     path = directory / "unet" / source.name
     size = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
     ir.save(model, path, external_data=f"{path.name}.data" if size > graph.LARGEST_GRAPH else None)
-    onnx.checker.check_model(path, full_check=True)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as problem:
+        got = str(problem).strip().splitlines()[0]
+        raise DpctlError("the graph cannot be narrowed to this network", got, TODO) from None
     # How many weights became zero is of the other network.
     told = {name: value for name, value in manifest.stats.get("precision", {}).items() if name != "weights"}
     return told | {"tensors": tensor_types(model)}

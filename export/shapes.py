@@ -13,6 +13,12 @@ from dpctl.errors import DpctlError
 
 # Of a constant whose value may decide about a shape: as many numbers as a few axes need.
 SMALL = 64
+TODO = "export the network itself"
+
+
+def underivable(node: ir.Node, got: str) -> DpctlError:
+    """Return the error for what the new widths do not determine; the caller may export the network instead."""
+    return DpctlError("the graph cannot be narrowed to this network", f"{node.name}: {got}", TODO)
 
 
 def node_shapes(node: ir.Node) -> onnx.NodeProto:
@@ -62,18 +68,18 @@ class Shapes:
         """Work out the outputs of a node that reads `read`; a DpctlError where they do not fit together."""
         inputs = {f"i{number}": value for number, value in enumerate(read) if value is not None}
         known = {name: self._known[value] for name, value in inputs.items() if value in self._known}
-        version = next(each.version for each in self._opsets if each.domain == proto.domain)
+        version = next((each.version for each in self._opsets if each.domain == proto.domain), 0)
         try:
             schema = onnx.defs.get_schema(proto.op_type, version, proto.domain)
             types = {name: self._types[value] for name, value in inputs.items()}
             data = {name: onnx.numpy_helper.from_array(array) for name, array in known.items()}
             found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
         except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError) as problem:
-            raise self._lost(node, str(problem).strip().splitlines()[0]) from None
+            raise underivable(node, str(problem).strip().splitlines()[0]) from None
         for number, value in enumerate(node.outputs):
             kind = found.get(f"o{number}")
             if kind is None or not all(axis.HasField("dim_value") for axis in kind.tensor_type.shape.dim):
-                raise self._lost(node, "an output whose shape is not known")
+                raise underivable(node, "an output whose shape is not known")
             self._types[value] = kind
         self._compute(proto, node, inputs, known)
 
@@ -89,9 +95,3 @@ class Shapes:
         if known.keys() == inputs.keys():
             results = ReferenceEvaluator(proto).run(None, known)
             self._known |= dict(zip(node.outputs, results, strict=True))
-
-    @staticmethod
-    def _lost(node: ir.Node, got: str) -> DpctlError:
-        return DpctlError(
-            "the graph cannot be narrowed to this network", f"{node.name}: {got}", "export the network itself"
-        )

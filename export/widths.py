@@ -8,6 +8,7 @@ They are derived by following every shape through the graph, at its own widths a
 
 import math
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 
 from dpctl.errors import DpctlError
 from export.precision import PRECISIONS
-from export.shapes import Shapes, aimed_at, node_shapes
+from export.shapes import TODO, Shapes, aimed_at, node_shapes, underivable
 
 # A batch no other axis has the length of, so that a product with it in it is recognized. Nothing is computed at it.
 BATCH = 10007
@@ -28,15 +29,7 @@ PARAMETERS = {
     **dict.fromkeys((("LayerNormalization", 1), ("BatchNormalization", 1), ("Mul", 1), ("Gather", 0)), "weight"),
     **dict.fromkeys((("LayerNormalization", 2), ("BatchNormalization", 2)), "bias"),
 }
-TODO = "export the network itself"
 STATISTICS = "InstanceNormalization"
-
-
-def underivable(node: ir.Node, got: str) -> DpctlError:
-    """Return the error for what the new widths do not determine; the caller may export the network instead."""
-    return DpctlError(
-        "the graph cannot be narrowed to this network", f"{node.name}: {got}", "export the network itself"
-    )
 
 
 def rewiden(model: ir.Model, unet: nn.Module, axes: Mapping[str, int]) -> None:
@@ -65,6 +58,7 @@ class _Rewidening:
         # Shapes that a graph of dynamic sizes puts together, and the lengths in them, made once each.
         self.together: dict[tuple[ir.Node, tuple[int, ...]], ir.Value] = {}
         self.lengths: dict[int, ir.Value] = {}
+        self.taken = {str(node.name) for node in self.graph} | set(self.graph.initializers)
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -87,6 +81,14 @@ class _Rewidening:
     def _module(self, node: ir.Node) -> tuple[str, nn.Module | None]:
         name = str(node.name).rpartition("/")[0]
         return name, self.modules.get(name) if name else None
+
+    def _free(self, name: str) -> str:
+        """Return a name that nothing has yet: the graph may have been narrowed before."""
+        free = next(
+            each for number in count(1) if (each := f"{name}_{number}" if number > 1 else name) not in self.taken
+        )
+        self.taken.add(free)
+        return free
 
     def _original(self, value: ir.Value) -> Any:
         """Return an initializer's array as it was in the graph."""
@@ -171,7 +173,7 @@ class _Rewidening:
         parts = [self._length(node, value, size) for value, size in zip(concat.inputs, wanted, strict=True)]
         key = concat, tuple(wanted)
         if key not in self.together:
-            made = ir.node("Concat", parts, attributes={"axis": 0}, name=f"{node.name}.shape")
+            made = ir.node("Concat", parts, attributes={"axis": 0}, name=self._free(f"{node.name}.shape"))
             made.outputs[0].name, made.outputs[0].shape, made.outputs[0].type = made.name, target.shape, target.type
             self.graph.insert_before(node, made)
             self.new.constant(made.outputs[0], np.array(wanted, np.int64))
@@ -186,7 +188,7 @@ class _Rewidening:
         if not part.is_initializer():
             raise underivable(node, f"a computed length of {self.new.known(part)} that should be {size}")
         if size not in self.lengths:
-            value = _filled(ir.Value(name=f"length.{size}"), np.array([size], np.int64))
+            value = _filled(ir.Value(name=self._free(f"length.{size}")), np.array([size], np.int64))
             self.graph.register_initializer(value)
             self.new.constant(value, np.array([size], np.int64))
             self.lengths[size] = value
@@ -201,6 +203,8 @@ class _Rewidening:
             if _gives_statistics(node):
                 return found[0], module.num_groups, math.prod(found[1:]) // module.num_groups
             return found[0], module.num_channels, *aimed[2:]
+        if math.prod(given) != math.prod(aimed):
+            raise underivable(node, f"{list(given)} -> {list(aimed)}, which holds for one batch size alone")
         wanted: list[int] = []
         for before, after in _factors(given, aimed):
             sizes = tuple(found[axis] for axis in before)
@@ -236,7 +240,7 @@ class _Rewidening:
         if same is None:
             same = value
             if known:
-                same = ir.Value(name=f"{node.name}.{number}.narrow")
+                same = ir.Value(name=self._free(f"{node.name}.{number}.narrow"))
                 self.graph.register_initializer(_filled(same, array))
             elif array is not self.originals[value]:
                 _filled(value, array)

@@ -176,9 +176,13 @@ def test_dynamic_sizes_stay_dynamic(base: Callable[[str], Base], tmp_path: Path)
     export_model(load_model(model), tmp_path / "whole", ExportRecipe(batch=BATCH, size=(8, 8, 16)))
     unet = slim(model, tmp_path / "slim")
     narrow(tmp_path / "whole", unet, tmp_path / "narrow")
+    # And once more from there: the lengths that were put in are constants like others.
+    once_more = slim(tmp_path / "slim", tmp_path / "slimmer")
+    narrow(tmp_path / "narrow", once_more, tmp_path / "narrower")
     for size in ((8, 8), (16, 11)):
         given = inputs(signature_of(tmp_path / "whole"), size=size)
-        torch.testing.assert_close(output(tmp_path / "narrow", given), of_torch(unet, given), rtol=1e-4, atol=1e-5)
+        for name, network in (("narrow", unet), ("narrower", once_more)):
+            torch.testing.assert_close(output(tmp_path / name, given), of_torch(network, given), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
