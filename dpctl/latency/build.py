@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpctl.bench.subjects import ENGINES
+from dpctl.errors import DpctlError
 from dpctl.latency.sampling import alike
 from dpctl.models import Model, build_unet, load_model, save_model
 from dpctl.prune.plan import PruningPlan, select
+from dpctl.prune.surgery import kept_indices, slim
 from dpctl.prune.target import trace
-from dpctl.recipe import ExportRecipe, PruneRecipe
+from dpctl.recipe import EngineRecipe, ExportRecipe, PruneRecipe
 from dpctl.signature import PRUNED, rows_of, sample_size
+from export.engines import export_engine
+from export.narrow import narrow
+from export.to_onnx import export_model
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Exports:
 
         assert recipe.latency is not None
         self._source, self._folder, self._made = source, folder, 0
+        self._whole, self._backend = folder / "unpruned", recipe.latency.backend
         self.groups, self.network, _ = trace(source, recipe)
         config, wanted = {**source.unet.config, "_class_name": type(source.unet).__name__}, recipe.latency
         self.threads = wanted.threads or torch.get_num_threads()
@@ -48,31 +55,42 @@ class Exports:
         """Export the unpruned network. Of a model that was pruned before its shape is enough, with random weights."""
         base = getattr(self._source.unet.config, "base_config", None)
         if not base:
-            return self._exported(self._source, "unpruned")
+            export_model(self._source, self._whole, self._recipe)
+            return self._runnable(self._whole)
         name = type(self._source.unet).__name__.removeprefix(PRUNED)
-        return self._saved(build_unet({**base, "_class_name": name}).eval(), "unpruned")
+        self._export(build_unet({**base, "_class_name": name}).eval(), self._whole)
+        return self._runnable(self._whole)
 
     def of_widths(self, widths: Mapping[str, int], stock: dict[str, Any] | None = None) -> Path:
-        """Export a network of these widths, in the layout `stock` of this config; the one before it is removed."""
-        from dpctl.prune.surgery import kept_indices, slim
+        """Export a network of these widths, in the layout `stock` of this config; the one before it is removed.
 
-        shutil.rmtree(self._folder / f"network {self._made}", ignore_errors=True)
+        The unpruned network has to be exported: its graph is narrowed where that can be done, which takes seconds.
+        """
+        for earlier in self._folder.glob("network *"):
+            shutil.rmtree(earlier)
         self._made += 1
         plan = select(self.network, alike(self.network), widths)
         kept = kept_indices(self._source.unet, self.groups, plan)
-        return self._saved(slim(self._source.unet, kept, stock, self.groups.whole), f"network {self._made}")
+        small = slim(self._source.unet, kept, stock, self.groups.whole)
+        out = self._folder / f"network {self._made}"
+        try:
+            narrow(self._whole, small, out)
+        except DpctlError:  # the graph has a constant that the widths do not determine
+            self._export(small, out)
+        return self._runnable(out)
 
-    def _saved(self, unet: Any, name: str) -> Path:
+    def _export(self, unet: Any, out: Path) -> None:
         """Export a network that stands in no directory yet."""
-        weights = self._folder / f"{name}, weights"
+        weights = out.with_name(f"{out.name}, weights")
         weights.mkdir()
         save_model(weights, model=self._source, unet=unet)
-        exported = self._exported(load_model(weights), name)
+        export_model(load_model(weights), out, self._recipe)
         shutil.rmtree(weights)
-        return exported
 
-    def _exported(self, model: Model, name: str) -> Path:
-        from export.to_onnx import export_model
-
-        export_model(model, self._folder / name, self._recipe)
-        return self._folder / name
+    def _runnable(self, exported: Path) -> Path:
+        """Return what the backend opens: the directory itself, or one with an engine for the GPU here."""
+        if self._backend != ENGINES:
+            return exported
+        out = exported.with_name(f"{exported.name}, engine")
+        export_engine(exported, out, EngineRecipe())
+        return out

@@ -16,12 +16,18 @@ from dpctl.pipelines import pipeline_class, takes_text
 from dpctl.recipe import LatencyRecipe
 from runtime.layers import LayerTime
 
-# Rounds: at least, and until the interval of the ratio is this narrow, and at most.
-FEWEST, MOST, NARROW = 9, 60, 0.02
-# A wider interval after all of them says nothing about a target.
-TOO_WIDE = 0.08
+# Rounds: at least and at most.
+FEWEST, MOST = 9, 60
 # What a turn takes at least: a single call of a small network is a few milliseconds, of which the clock says little.
 CALLS, TURN_S = 3, 0.1
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How narrow the interval of a ratio is to be, over the ratio, and how wide it may be after all rounds."""
+
+    enough: float = 0.02
+    too_wide: float = 0.08
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Clock:
     recipe: LatencyRecipe
     rows: int
     threads: int
+    precision: Precision = Precision()
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Self:
@@ -91,9 +98,9 @@ class Clock:
             for taken, turn in turns[:: 1 if len(mine) % 2 else -1]:
                 taken.append(turn())
             found = paired_ratio(mine, theirs)
-            if len(mine) >= FEWEST and found.high - found.low <= NARROW * found.value:
+            if len(mine) >= FEWEST and found.high - found.low <= self.precision.enough * found.value:
                 break
-        _require_told(found)
+        _require_told(found, self.precision.too_wide)
         return Timed(found, median(mine), median(theirs))
 
     def _open(self, directory: Path, worker: Worker) -> Callable[[], float]:
@@ -111,9 +118,9 @@ class Clock:
         return lambda: float(worker.ask("turn", **turn)["latency_s"])
 
 
-def _require_told(found: Estimate) -> None:
+def _require_told(found: Estimate, most: float) -> None:
     width = (found.high - found.low) / found.value
-    if width > TOO_WIDE or not math.isfinite(width):
+    if width > most or not math.isfinite(width):
         got = f"a ratio of {found.value:.3f} [{found.low:.3f}, {found.high:.3f}] after {found.count} rounds"
         todo = "stop what else runs here, or give fewer --threads"
         raise DpctlError("this machine is too noisy to measure a latency", got, todo)

@@ -67,20 +67,37 @@ def _rounded(width: int, step: int) -> int:
 
 
 def fit(network: Network, samples: Sequence[Sample]) -> LatencyModel:
-    """Learn what networks of other widths take; the step is the one whose predictions fit the layers' times best."""
-    found = [(_layers(network, samples, step), step) for step in STEPS]
+    """Learn what networks of other widths take; the step is the one whose predictions fit the layers' times best.
+
+    Errors count relative to a network's latency: a small one is to be known as well as a large one.
+    """
+    weights = np.array([1.0 / sample.latency_s for sample in samples])
+    found = [(_layers(network, samples, weights, step), step) for step in STEPS]
     (terms, _), step = min(found, key=lambda each: each[0][1])
-    volumes = np.array([[1.0, _volume(network, sample.widths)] for sample in samples])
     known = {layer.name for layer in network.layers}
     rest = np.array([sum(t for name, t in sample.layers.items() if name not in known) for sample in samples])
-    (base, per_value), _ = nnls(volumes, rest)
+    volumes = np.array([[1.0, _volume(network, sample.widths)] for sample in samples])
+    base, per_value = _nonnegative(volumes, rest, weights)[0]
     terms = [_with_output(term, layer, per_value) for term, layer in zip(terms, network.layers, strict=True)]
-    sums = np.array([base + sum(cost(term, sample.widths) for term in terms) for sample in samples])
-    (scale, constant), _ = nnls(np.stack([sums, np.ones(len(samples))], 1), np.array([s.latency_s for s in samples]))
-    return LatencyModel(tuple(_scaled(term, scale) for term in terms), float(constant + scale * base), step)
+    return _calibrated(LatencyModel(tuple(terms), base, step), samples, weights)
 
 
-def _layers(network: Network, samples: Sequence[Sample], step: int) -> tuple[list[Term], float]:
+def _calibrated(model: LatencyModel, samples: Sequence[Sample], weights: np.ndarray) -> LatencyModel:
+    """Scale a model of what the profiler says to what whole calls took.
+
+    A profiler takes a constant time for every kernel, so that the line through both has a negative offset: it is taken
+    from the constant parts of the layers.
+    """
+    sums = np.array([model.predict(sample.widths) for sample in samples])
+    line = np.stack([sums, np.ones_like(sums)], 1) * weights[:, None]
+    (scale, offset), *_ = np.linalg.lstsq(line, np.array([sample.latency_s for sample in samples]) * weights)
+    constant = scale * (model.constant_s + sum(term.base for term in model.terms))
+    left = max(0.0, 1.0 + offset / constant) if offset < 0 < constant else 1.0
+    terms = tuple(_scaled(term, scale, scale * left) for term in model.terms)
+    return LatencyModel(terms, float(scale * left * model.constant_s + max(0.0, offset)), model.step)
+
+
+def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, step: int) -> tuple[list[Term], float]:
     """Return a term for every layer, and the sum of squares that is left of their times."""
     terms, left = [], 0.0
     for layer in network.layers:
@@ -88,15 +105,20 @@ def _layers(network: Network, samples: Sequence[Sample], step: int) -> tuple[lis
         a, b = (np.array(side, dtype=float) for side in sides)
         if not layer.positions:  # a norm
             a = np.zeros_like(b)
-        features = np.stack([np.ones_like(a), a, b, a * b], 1)
         times = np.array([sample.layers.get(layer.name, 0.0) for sample in samples])
-        scale = np.maximum(features.max(0), 1.0)
-        solution, residual = nnls(features / scale, times)
-        base, per_input, per_output, per_product = (float(value) for value in solution / scale)
+        found, residual = _nonnegative(np.stack([np.ones_like(a), a, b, a * b], 1), times, weights)
+        base, per_input, per_output, per_product = found
         inputs = layer.inputs if layer.positions else Side(1)
         terms.append(Term(layer.name, inputs, layer.outputs, base, per_input, per_output, per_product, step))
         left += residual**2
     return terms, left
+
+
+def _nonnegative(features: np.ndarray, times: np.ndarray, weights: np.ndarray) -> tuple[list[float], float]:
+    """Return the coefficients, none negative, by weighted least squares, and the norm of what is left."""
+    scale = np.maximum(features.max(0), 1.0)
+    found, residual = nnls(features / scale * weights[:, None], times * weights)
+    return [float(value) for value in found / scale], float(residual)
 
 
 def _volume(network: Network, widths: Mapping[str, int]) -> float:
@@ -108,9 +130,9 @@ def _with_output(term: Term, layer: Layer, per_value: float) -> Term:
     return replace(term, per_output=term.per_output + per_value * layer.positions)
 
 
-def _scaled(term: Term, scale: float) -> Term:
-    parts = {name: getattr(term, name) * scale for name in ("base", "per_input", "per_output", "per_product")}
-    return replace(term, **parts)
+def _scaled(term: Term, scale: float, constant: float) -> Term:
+    parts = {name: getattr(term, name) * scale for name in ("per_input", "per_output", "per_product")}
+    return replace(term, base=term.base * constant, **parts)
 
 
 def accuracy(model: LatencyModel, samples: Sequence[Sample]) -> Accuracy:

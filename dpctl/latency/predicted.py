@@ -9,7 +9,7 @@ from dpctl.latency.clock import Clock
 from dpctl.latency.document import conditions, read_profile, require_fitting
 from dpctl.latency.model import LatencyModel
 from dpctl.latency.profile import fitted
-from dpctl.latency.search import ALLOWED, Build, tell, timed
+from dpctl.latency.search import CLOSE, Build, tell, timed
 from dpctl.latency.widths import plan_within
 from dpctl.models import Model
 from dpctl.prune import Scored
@@ -53,7 +53,7 @@ def correct(
     share: float,
     bar: progress.Bar,
 ) -> list[Build]:
-    """Build and time the predicted network, and again with a corrected target where it misses by more than ALLOWED."""
+    """Build and time the predicted network, and again with a corrected target until it is close, CORRECTIONS times."""
     builds: list[Build] = []
     target = share
     with bar("latency", 1 + CORRECTIONS) as advance:
@@ -64,7 +64,7 @@ def correct(
             builds.append(timed(foretold.candidate, exports, clock, foretold.predicted))
             tell(builds, share)
             advance(1)
-            if abs(builds[-1].share / share - 1.0) <= ALLOWED:
+            if abs(builds[-1].share / share - 1.0) <= CLOSE:
                 break
             target *= share / builds[-1].share
     return builds
