@@ -1,0 +1,77 @@
+"""What planning trades: the widths that groups may take with their worth, and what layers cost at them."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from dpctl.prune.plan import Network, Side
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one layer costs: base + per_input * a + per_output * b + per_product * a * b.
+
+    a and b are the widths of its two sides, rounded up to multiples of `step`: kernels work in blocks of channels. A
+    layer with a side of width 0 is gone and costs nothing. No coefficient is negative: wider is never cheaper.
+    """
+
+    name: str
+    inputs: Side
+    outputs: Side
+    base: float = 0.0
+    per_input: float = 0.0
+    per_output: float = 0.0
+    per_product: float = 0.0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= value < math.inf for value in self.coefficients) or self.step < 1:
+            raise ValueError(f"{self.name}: coefficients {self.coefficients}, step {self.step}")
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """The four coefficients, in the order of the fields."""
+        return self.base, self.per_input, self.per_output, self.per_product
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The widths that one group may take, ascending, and what each is worth: the importance kept.
+
+    Worth need not be concave. 0 may be among the widths: a branch that goes altogether.
+    """
+
+    name: str
+    widths: tuple[int, ...]
+    worth: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in itertools.pairwise(self.widths))
+        finite = all(math.isfinite(value) for value in self.worth)
+        if not self.widths or self.widths[0] < 0 or len(self.widths) != len(self.worth) or not ascending or not finite:
+            raise ValueError(f"{self.name}: widths {self.widths}, worth {self.worth}")
+
+    @property
+    def records(self) -> list[int]:
+        """The widths, by index, that are worth more than every narrower one: only those can be best."""
+        best = itertools.accumulate(self.worth, max, initial=-math.inf)
+        return [i for i, (value, before) in enumerate(zip(self.worth, best, strict=False)) if value > before]
+
+    @property
+    def widest(self) -> int:
+        """The widest of the widths, by index, that are worth most."""
+        return max(range(len(self.widths)), key=lambda i: (self.worth[i], i))
+
+
+def terms_of(network: Network, measure: str) -> list[Term]:
+    """Return the network's ``"macs"`` or ``"params"`` as terms; layers that cost nothing of it are left out."""
+    terms = []
+    for layer in network.layers:
+        product = layer.kernel * (layer.positions if measure == "macs" else 1)
+        vectors = layer.vectors if measure == "params" else 0
+        # The inputs of a norm, or of a layer that is all vectors, are no side of its own.
+        inputs = layer.inputs if product and (layer.inputs.fixed or layer.inputs.repeats) else layer.outputs
+        product = product if inputs is layer.inputs else 0
+        if product or vectors:
+            terms.append(Term(layer.name, inputs, layer.outputs, per_output=vectors, per_product=product))
+    return terms
