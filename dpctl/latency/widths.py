@@ -1,11 +1,15 @@
 """The widths that keep the most importance within a predicted latency."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from dpctl.errors import DpctlError
 from dpctl.latency.model import LatencyModel
 from dpctl.latency.sampling import allowed
 from dpctl.prune import Scored
 from dpctl.prune.allocation import Choice, allocate
-from dpctl.prune.plan import PruningPlan, Span, importance, select, width_at
+from dpctl.prune.plan import PruningPlan, Span, select, width_at
 from dpctl.recipe import PruneRecipe
 
 
@@ -29,4 +33,12 @@ def _choice(span: Span, scored: Scored, recipe: PruneRecipe) -> Choice:
     unit = 1.0 if scored.comparable else sum(values) or 1.0
     least = min(span.width, width_at(span, 1.0 - recipe.floor, recipe.align)) if recipe.floor else 0
     widths = tuple(width for width in allowed(span, recipe.align) if width >= least)
-    return Choice(span.name, widths, tuple(importance(span, scored.scores, width) / unit for width in widths))
+    kept = importances(span, values) / unit
+    return Choice(span.name, widths, tuple(float(kept[width // (span.segments * span.block)]) for width in widths))
+
+
+def importances(span: Span, values: Sequence[float]) -> np.ndarray:
+    """Return the importance that a group keeps with the best 0, 1, 2, ... blocks of channels of each of its parts."""
+    blocks = np.asarray(values, dtype=float).reshape(span.segments, -1, span.block).sum(2)
+    best = -np.sort(-blocks, axis=1)
+    return np.concatenate([[0.0], np.cumsum(best.sum(0))])

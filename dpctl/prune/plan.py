@@ -234,7 +234,7 @@ def _take_away(
         narrower = span.narrower(widths[span.name], align)
         if narrower == widths[span.name] or narrower < least[span.name]:
             return None
-        lost = importance(span, scores, widths[span.name]) - importance(span, scores, narrower)
+        lost = _importance(span, scores, widths[span.name]) - _importance(span, scores, narrower)
         return lost / max(1, -network.change(measure, widths, span.name, narrower)), span.name, narrower
 
     heap = [entry for span in network.spans if (entry := step_down(span))]
@@ -271,7 +271,7 @@ def _give_back(
         wider = span.wider(widths[span.name], align)
         if wider == widths[span.name]:
             return None
-        gained = importance(span, scores, wider) - importance(span, scores, widths[span.name])
+        gained = _importance(span, scores, wider) - _importance(span, scores, widths[span.name])
         return -gained / max(1, network.change(measure, widths, span.name, wider)), span.name, wider
 
     heap = [entry for span in network.spans if (entry := step_up(span))]
@@ -287,7 +287,7 @@ def _give_back(
     return widths
 
 
-def importance(span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
+def _importance(span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
     """Return the importance that a group keeps at a width."""
     values = scores[span.name]
     return math.fsum(values[channel] for channel in best(span, values, width))

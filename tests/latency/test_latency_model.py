@@ -12,7 +12,8 @@ from dpctl.errors import DpctlError
 from dpctl.latency.document import Profile, read_profile, require_fitting
 from dpctl.latency.model import Sample, accuracy, fit
 from dpctl.latency.sampling import NARROWEST, allowed, nearest, stratified
-from dpctl.prune.plan import Layer, Network, Side, Span
+from dpctl.latency.widths import importances
+from dpctl.prune.plan import Layer, Network, Side, Span, best
 
 SPANS = tuple(Span(name, 64, 4) for name in ("a", "b", "c", "d"))
 
@@ -137,3 +138,16 @@ def test_a_file_of_something_else_is_refused_by_what_differs(made: Profile, name
     assert name.replace("_", " ") in caught.value.got
     with pytest.raises(DpctlError, match="another model"):
         require_fitting(made, "e" * 64, made.conditions, Path("x"))
+
+
+# --- what a width is worth -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("segments", "block"), [(1, 1), (4, 1), (1, 8)])
+def test_a_width_is_worth_the_channels_that_selection_keeps(segments: int, block: int) -> None:
+    span = Span("a", 32, segments, block=block)
+    values = np.random.default_rng(0).random(32).tolist()
+    worth = importances(span, values)
+    for width in allowed(span):
+        kept = sum(values[channel] for channel in best(span, values, width))
+        assert worth[width // (segments * block)] == pytest.approx(kept)
