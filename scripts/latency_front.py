@@ -28,7 +28,7 @@ from dpctl.units import percent
 from scripts.before_finetuning import MODEL, Gauge, alike, read, write, write_between
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, PROFILE = ROOT / "docs" / "latency" / "front.json", ROOT / "docs" / "latency" / "profile.json"
+OUT, PROFILE = ROOT / "docs" / "latency" / "front.json", Path("docs/latency/profile.json")  # from the root
 BEGIN, END = "<!-- latency-front: begin -->", "<!-- latency-front: end -->"
 
 SHARES = ("0.7", "0.5", "0.35")
