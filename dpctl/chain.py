@@ -34,10 +34,10 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
     check(recipe)
     finetuned, scratch = out / "finetuned", out / "scratch"
     cut = cut_in_rounds(recipe, out, bar=bar)
-    tuned = _finetune(out / "pruned", finetuned, recipe.finetune, cut.digest, bar)
+    tuned = finetune_stage(out / "pruned", finetuned, recipe.finetune, cut.digest, bar)
     candidates = [str(finetuned)]
     if recipe.scratch:
-        _finetune(out / "pruned", scratch, _from_scratch(recipe), cut.digest, bar)
+        finetune_stage(out / "pruned", scratch, _from_scratch(recipe), cut.digest, bar)
         candidates.append(str(scratch))
     _export(recipe, finetuned, out / "exported", tuned.digest, bar)
     # The baseline is exported as the candidate was: fair in precision, and the chain's own export serves.
@@ -45,12 +45,12 @@ def run(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) 
     measured = dataclasses.replace(
         recipe.bench, baseline=recipe.model, candidates=tuple(candidates), precision=precision
     )
-    return _bench_stage(measured, out / "bench", [out / "exported"], bar)
+    return bench_stage(measured, out / "bench", [out / "exported"], bar)
 
 
 def check(recipe: ChainRecipe) -> None:
     """Raise a DpctlError for what any stage would refuse of its recipe: a mistake in the last costs no first one."""
-    from dpctl import bench, finetune, prune
+    from dpctl import bench, finetune, latency, prune
     from export.to_onnx import check as check_export
 
     if recipe.rounds < 1:
@@ -59,6 +59,11 @@ def check(recipe: ChainRecipe) -> None:
         got = f"export {recipe.export.precision}, bench {recipe.bench.precision}"
         raise DpctlError("the chain measures what it exports", got, "leave precision out under [bench]")
     prune.check(recipe.prune)
+    if recipe.prune.latency is not None:
+        latency.check_goal(recipe.prune.latency)
+        if recipe.rounds > 1:
+            todo = "give target_macs, target_params or ratio, or one round"
+            raise DpctlError("a latency target is met in one cut", f"{recipe.rounds} rounds", todo)
     finetune.check(recipe.finetune)
     finetune.check(recipe.between)
     for each in rounds(recipe):
@@ -132,16 +137,17 @@ def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progres
             progress.say(f"{told}: nothing to cut, left out")
             continue
         progress.say("{}: {} {:.4g}".format(told, *_target(each.prune)))
-        cut = _prune(model, folder / "pruned", each.prune, digest, bar)
+        cut = prune_stage(model, folder / "pruned", each.prune, digest, bar)
         if not pruning.would_cut(str(folder / "pruned"), last.prune):
             progress.say(f"{told}: it meets the last target already, the last cut takes its place")
             break
-        tuned = _finetune(folder / "pruned", folder / "finetuned", each.finetune, cut.digest, bar)
+        tuned = finetune_stage(folder / "pruned", folder / "finetuned", each.finetune, cut.digest, bar)
         model, digest = str(folder / "finetuned"), tuned.digest
-    return _prune(model, out / "pruned", last.prune, digest, bar)
+    return prune_stage(model, out / "pruned", last.prune, digest, bar)
 
 
-def _prune(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+def prune_stage(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+    """Prune a model of this digest, unless that is done."""
     return _stage(out, recipe, digest, lambda: prune(model, out, recipe, force=True, bar=bar))
 
 
@@ -163,7 +169,8 @@ def source_digest(model: str) -> str:
     return manifest.digest if manifest is not None else artifact.digest(artifact.hash_files(directory))
 
 
-def _finetune(pruned: Path, out: Path, recipe: FinetuneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+def finetune_stage(pruned: Path, out: Path, recipe: FinetuneRecipe, digest: str, bar: progress.Bar) -> Manifest:
+    """Finetune a pruned model of this digest, unless that is done."""
     from dpctl import finetune as finetuning
 
     def work() -> Manifest:
@@ -243,7 +250,8 @@ def bench_launched(recipe: BenchRecipe, out: Path, *, force: bool, bar: progress
         return bench(recipe, out, force=force, processes=processes, bar=bar)
 
 
-def _bench_stage(recipe: BenchRecipe, out: Path, exported: Sequence[Path], bar: progress.Bar) -> Any:
+def bench_stage(recipe: BenchRecipe, out: Path, exported: Sequence[Path], bar: progress.Bar) -> Any:
+    """Measure, unless that is done; `exported` as in `bench`."""
     found = _measured(recipe, out)
     if found is not None:
         progress.say(f"{out.name}: done before, skipped")

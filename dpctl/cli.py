@@ -16,6 +16,7 @@ from dpctl.recipe import (
     ChainRecipe,
     LatencyRecipe,
     PruneRecipe,
+    SweepRecipe,
     read_recipe,
 )
 
@@ -169,6 +170,26 @@ def run(
         print_json(chain.preview(chosen))
         return
     result = chain.run(chosen, out, bar=progress.bar)
+    print_report(chain.bench_report(result, out / "bench"), json_)
+    cli_bench.end(result)
+
+
+@app.command()
+def sweep(
+    recipe: options.SweepArgument = None,
+    out: Annotated[Path, typer.Option("--out", help="The directory of the whole sweep.")] = Path("dpctl-sweep"),
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
+) -> None:
+    """Try criteria, targets and lengths of finetuning, and measure all of them in one report."""
+    chosen = SweepRecipe() if recipe is None else read_recipe(recipe, SweepRecipe)
+    from dpctl import chain
+    from dpctl import sweep as sweeping
+
+    if dry_run:
+        print_json(sweeping.preview(chosen))
+        return
+    result = sweeping.sweep(chosen, out, bar=progress.bar)
     print_report(chain.bench_report(result, out / "bench"), json_)
     cli_bench.end(result)
 

@@ -17,6 +17,9 @@ ModelArgument = Annotated[
 RecipeArgument = Annotated[
     Path | None, typer.Argument(help="A TOML recipe; the reference model without one.", show_default=False)
 ]
+SweepArgument = Annotated[
+    Path | None, typer.Argument(help="A TOML recipe of the grid; the reference without one.", show_default=False)
+]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write; must not exist.", show_default=False)]
 EngineOut = Annotated[
     Path | None, typer.Option("--out", help="The directory to write; the engine's own without.", show_default=False)

@@ -278,6 +278,27 @@ class ChainRecipe:
     bench: BenchRecipe = field(default_factory=lambda: BenchRecipe(rounds=10, samples=256))
 
 
+@dataclass(frozen=True)
+class SweepRecipe:
+    """`dpctl sweep`: every criterion at every target with every length of finetuning; 0 steps is none.
+
+    Targets are shares of the MACs, and latencies as `LatencyRecipe.target` has them, where and of what `prune.latency`
+    says. The rest of the stages' recipes holds for all cells.
+    """
+
+    model: str = "reference"
+    criteria: tuple[str, ...] = ("magnitude", "diff-pruning")
+    target_macs: tuple[float, ...] = (0.7, 0.5)
+    target_latency: tuple[str, ...] = ()
+    steps: tuple[int, ...] = (100,)
+    prune: PruneRecipe = field(default_factory=lambda: PruneRecipe(align=16))
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    export: ExportRecipe = field(default_factory=ExportRecipe)
+    bench: BenchRecipe = field(
+        default_factory=lambda: BenchRecipe(backends=("ort",), baselines=(), rounds=10, samples=256)
+    )
+
+
 def read_recipe(path: Path, kind: type[R]) -> R:
     """Read a TOML file into a recipe; a DpctlError names an unknown or ill-typed entry."""
     try:

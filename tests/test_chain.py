@@ -59,7 +59,7 @@ def test_a_second_run_does_nothing(recipe: ChainRecipe, finished: Path, capsys: 
 def test_a_changed_recipe_redoes_what_it_concerns(
     recipe: ChainRecipe, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "_bench_stage", lambda *_: None)  # measured above; here the artifacts matter
+    monkeypatch.setattr(chain, "bench_stage", lambda *_: None)  # measured above; here the artifacts matter
     before = digests(finished)
     longer = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, steps=4))
     chain.run(longer, finished)
@@ -70,7 +70,7 @@ def test_a_changed_recipe_redoes_what_it_concerns(
 
 
 def test_a_damaged_stage_is_made_again(recipe: ChainRecipe, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain, "_bench_stage", lambda *_: None)
+    monkeypatch.setattr(chain, "bench_stage", lambda *_: None)
     chain.run(recipe, finished)
     before = digests(finished)
     weights = finished / "pruned" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -85,7 +85,7 @@ def test_a_finetune_that_was_stopped_goes_on(
 ) -> None:
     from dpctl.finetune import checkpoint
 
-    monkeypatch.setattr(chain, "_bench_stage", lambda *_: None)
+    monkeypatch.setattr(chain, "bench_stage", lambda *_: None)
     stopped = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, checkpoint_every=1))
     saved: list[int] = []
     real = checkpoint.save

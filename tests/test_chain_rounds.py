@@ -104,7 +104,7 @@ def test_a_preview_shows_the_recipes_of_every_round() -> None:
 
 def test_from_scratch_means_as_many_steps(recipe: ChainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "_export", lambda *_: None)
-    monkeypatch.setattr(chain, "_bench_stage", lambda *_: None)
+    monkeypatch.setattr(chain, "bench_stage", lambda *_: None)
     chain.run(replace(recipe, scratch=True, finetune={"steps": 3}), tmp_path / "out")
     tuned, scratch = (manifest(tmp_path / "out" / name) for name in ("finetuned", "scratch"))
     pruned = manifest(tmp_path / "out" / "pruned")

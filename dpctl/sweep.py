@@ -1,0 +1,108 @@
+"""`dpctl sweep`: criteria, targets and lengths of finetuning against one another, in one report.
+
+Every cell of the grid is the stages of `dpctl run` below a directory of its own, skipped where they are done; cells
+that differ in the length of the finetune alone share their cut. One bench measures all of them beside the unpruned
+model, which is drawn with fewer steps too: the page's front of quality over latency is the answer.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpctl import chain, progress
+from dpctl.errors import DpctlError
+from dpctl.recipe import LatencyRecipe, PruneRecipe, SweepRecipe, to_dict
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One criterion at one target; `name` is the directory below the sweep's."""
+
+    name: str
+    recipe: PruneRecipe
+
+
+def cuts(recipe: SweepRecipe) -> tuple[Cut, ...]:
+    """Return the cuts of a sweep: every criterion at every target."""
+    return tuple(
+        Cut(f"{criterion}/{name}", dataclasses.replace(recipe.prune, criterion=criterion, **aim))
+        for criterion, (name, aim) in itertools.product(recipe.criteria, _aims(recipe))
+    )
+
+
+def _aims(recipe: SweepRecipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of every target and what it changes in the recipe of a cut."""
+    blank: dict[str, Any] = {"ratio": None, "target_macs": None, "target_params": None, "latency": None}
+    for share in recipe.target_macs:
+        yield f"macs-{share:g}", blank | {"target_macs": share}
+    for target in recipe.target_latency:
+        where = recipe.prune.latency or LatencyRecipe()
+        name = target.replace(" ", "")
+        yield f"latency-{name}", blank | {"latency": dataclasses.replace(where, target=target)}
+
+
+def check(recipe: SweepRecipe) -> None:
+    """Raise a DpctlError for an empty grid, a cell that is there twice, and what any stage of a cell would refuse."""
+    grid = {
+        "criteria": recipe.criteria,
+        "targets": (*recipe.target_macs, *recipe.target_latency),
+        "steps": recipe.steps,
+    }
+    for name, values in grid.items():
+        if not values or len(set(values)) != len(values):
+            got = ", ".join(map(str, values)) or "none"
+            raise DpctlError(f"a sweep needs one or more different {name}", got, "correct the list")
+    if any(steps < 0 for steps in recipe.steps):
+        got = ", ".join(map(str, recipe.steps))
+        raise DpctlError("a finetune has a negative number of steps", got, "give 0 (none) or more")
+    for cut, steps in itertools.product(cuts(recipe), recipe.steps):
+        chain.check(as_chain(recipe, cut, max(1, steps)))
+
+
+def as_chain(recipe: SweepRecipe, cut: Cut, steps: int) -> chain.ChainRecipe:
+    """Return the recipe that would do one cell by itself."""
+    return chain.ChainRecipe(
+        model=recipe.model,
+        prune=cut.recipe,
+        finetune=dataclasses.replace(recipe.finetune, steps=steps),
+        export=recipe.export,
+        bench=recipe.bench,
+    )
+
+
+def preview(recipe: SweepRecipe) -> dict[str, Any]:
+    """Return the recipe as plain values, and the cells; raises as `check`."""
+    check(recipe)
+    cells = [f"{cut.name}/{_name(steps)}" for cut in cuts(recipe) for steps in recipe.steps]
+    return to_dict(recipe) | {"cells": cells}
+
+
+def sweep(recipe: SweepRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Any:
+    """Make every cell of the grid below `out`, measure them all, and return the bench's result.
+
+    A run that was stopped goes on where it was. Raises what the stages raise.
+    """
+    check(recipe)
+    made: list[str] = []
+    digest = chain.source_digest(recipe.model)
+    for cut in cuts(recipe):
+        folder = out / cut.name
+        pruned = chain.prune_stage(recipe.model, folder / "pruned", cut.recipe, digest, bar)
+        for steps in recipe.steps:
+            if steps == 0:
+                made.append(str(folder / "pruned"))
+                continue
+            tuned = dataclasses.replace(recipe.finetune, steps=steps)
+            chain.finetune_stage(folder / "pruned", folder / _name(steps), tuned, pruned.digest, bar)
+            made.append(str(folder / _name(steps)))
+    measured = dataclasses.replace(
+        recipe.bench, baseline=recipe.model, candidates=tuple(made), precision=recipe.export.precision
+    )
+    return chain.bench_stage(measured, out / "bench", [], bar)
+
+
+def _name(steps: int) -> str:
+    return f"finetuned-{steps}" if steps else "pruned"
