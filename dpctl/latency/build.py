@@ -9,7 +9,7 @@ from typing import Any
 from dpctl.bench.subjects import ENGINES
 from dpctl.errors import DpctlError
 from dpctl.latency.sampling import alike
-from dpctl.models import Model, build_unet, load_model, save_model
+from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select
 from dpctl.prune.surgery import kept_indices, slim
 from dpctl.prune.target import trace
@@ -41,7 +41,10 @@ class Exports:
         import torch
 
         assert recipe.latency is not None
-        self._source, self._folder, self._made = source, folder, 0
+        # Of a call of the network the other components are no part: a text encoder is gigabytes to copy.
+        alone = recipe.latency.of == "unet"
+        self._source = load_model(str(unet_directory(source.directory))) if alone else source
+        self._folder, self._made = folder, 0
         self._whole, self._backend = folder / "unpruned", recipe.latency.backend
         self.groups, self.network, _ = trace(source, recipe)
         config, wanted = {**source.unet.config, "_class_name": type(source.unet).__name__}, recipe.latency
