@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
-.PHONY: help setup check test test-extras test-all demo evidence long-run benchmarks rounds before-finetuning loss-defaults bench bench-scoring bench-train engine-comparison reference clean distclean
+.PHONY: help setup check test test-extras test-all demo evidence long-run benchmarks rounds before-finetuning loss-defaults latency-front bench bench-scoring bench-train engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -113,6 +113,9 @@ before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any 
 
 loss-defaults: $(STAMP) ## the table of docs/losses.md: losses and timestep samplings at a fixed budget; continues after a stop
 	$(BIN)/python scripts/loss_defaults.py --page docs/losses.md
+
+latency-front: $(STAMP) ## the table of docs/latency.md: networks of one measured latency; half an hour on a quiet machine, continues
+	$(BIN)/python scripts/latency_front.py --only 0.5 --page docs/latency.md
 
 engine-comparison: $(STAMP) ## the table of docs/export.md: engines of the unpruned and of the slim network, about a minute
 	$(BIN)/python scripts/engine_comparison.py --page docs/export.md
