@@ -117,12 +117,12 @@ def test_the_command_prints_the_tables_and_puts_them_on_the_page(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"above\n{script.BEGIN}\n{script.END}\nbelow\n", encoding="utf-8")
-    command = ["x", "--results", lab.results, "--work", lab.work, "--samples", "8", "--page", page, "--only", "scratch"]
+    command = ["x", "--results", lab.results, "--work", lab.work, "--samples", "8", "--page", page]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    monkeypatch.setattr(script, "ORDER", [(script.UNPRUNED, 0), ("scratch", 0)])
+    monkeypatch.setattr(script, "ORDER", [(script.UNPRUNED, 0)])
     assert script.main() == 0
     printed = capsys.readouterr().out
-    assert "`--from-scratch`" in printed
+    assert "| (unpruned) |" in printed
     assert page.read_text(encoding="utf-8") == f"above\n{script.BEGIN}\n{printed}{script.END}\nbelow\n"
 
 

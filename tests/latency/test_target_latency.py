@@ -195,7 +195,7 @@ def test_the_real_clock_refuses_what_no_machine_can_do(
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("of", ["unet", "image"])
+@pytest.mark.parametrize("of", ["unet", pytest.param("image", marks=pytest.mark.slow)])
 def test_the_real_clock_times_both_turn_by_turn(
     toy_pipeline: Path, tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
