@@ -162,6 +162,16 @@ def prune(
     return carried_out(model, out, recipe, force=force, bar=bar)
 
 
+def preview_cut(model: str, recipe: PruneRecipe) -> dict[str, Any]:
+    """Return what `prune` would do, as `dpctl.prune.preview`; raises what `prune` would refuse."""
+    from dpctl import latency
+    from dpctl import prune as pruning
+
+    if recipe.latency is not None:
+        latency.check_goal(recipe.latency)
+    return pruning.preview(model, recipe)
+
+
 def source_digest(model: str) -> str:
     """Return the digest of a model directory's files without loading it."""
     directory = resolve(model)
@@ -271,7 +281,7 @@ def _measured(recipe: BenchRecipe, out: Path) -> Any:
     except DpctlError:
         return None
     digests = [source_digest(name) for name in (recipe.baseline, *recipe.candidates)]
-    same = found.recipe == to_dict(recipe) and found.digests() == digests
+    same = differing(found.recipe, recipe) is None and found.digests() == digests
     return found if same and not found.interrupted else None
 
 

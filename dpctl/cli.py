@@ -78,10 +78,9 @@ def prune(
     globs = {"keep": options.patterns(keep), "only": options.patterns(only)}
     recipe = options.recipe(PruneRecipe, locals(), latency=latency, **globs)
     from dpctl import chain
-    from dpctl import prune as pruning
 
     if dry_run:
-        print_json(pruning.preview(model, recipe))
+        print_json(chain.preview_cut(model, recipe))
         return
     from dpctl import inspect
 

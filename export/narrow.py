@@ -21,7 +21,7 @@ from dpctl.models import copy_components, load_scheduler, write_index
 from dpctl.signature import HEIGHT, OUTPUT, WIDTH, Signature, of_unet
 from export import golden, graph, half, verify
 from export.precision import tensor_types
-from export.shapes import TODO
+from export.shapes import INSTEAD
 from export.widths import rewiden
 from runtime.backends.ort import exported as exported_manifest
 from runtime.backends.ort import graph_of, refuse_failed
@@ -60,7 +60,7 @@ def _require_same_signature(unet: Any, signature: Signature) -> None:
     if own != signature:
         tensors = [{t.name: t.shape for t in (*each.inputs, *each.outputs)} for each in (own, signature)]
         got = "{} against {}".format(*(", ".join(f"{n} {list(s)}" for n, s in each.items()) for each in tensors))
-        raise DpctlError("the network has other inputs or outputs than the graph", got, TODO)
+        raise DpctlError("the network has other inputs or outputs than the graph", got, INSTEAD)
 
 
 def _write_components(exported: Path, directory: Path, unet: Any) -> None:
@@ -88,7 +88,7 @@ def _write_graph(source: Path, directory: Path, manifest: Manifest, unet: Any, s
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as problem:
         got = str(problem).strip().splitlines()[0]
-        raise DpctlError("the graph cannot be narrowed to this network", got, TODO) from None
+        raise DpctlError("the graph cannot be narrowed to this network", got, INSTEAD) from None
     # How many weights became zero is of the other network.
     told = {name: value for name, value in manifest.stats.get("precision", {}).items() if name != "weights"}
     return told | {"tensors": tensor_types(model)}
@@ -140,4 +140,4 @@ def _rows(directory: Path, unet: Any, signature: Signature) -> dict[str, torch.T
 
 
 def _differs(got: str) -> DpctlError:
-    return DpctlError("the narrowed graph does not give the network's outputs", got, TODO)
+    return DpctlError("the narrowed graph does not give the network's outputs", got, INSTEAD)

@@ -13,12 +13,12 @@ from dpctl.errors import DpctlError
 
 # Of a constant whose value may decide about a shape: as many numbers as a few axes need.
 SMALL = 64
-TODO = "export the network itself"
+INSTEAD = "export the network itself"
 
 
 def underivable(node: ir.Node, got: str) -> DpctlError:
     """Return the error for what the new widths do not determine; the caller may export the network instead."""
-    return DpctlError("the graph cannot be narrowed to this network", f"{node.name}: {got}", TODO)
+    return DpctlError("the graph cannot be narrowed to this network", f"{node.name}: {got}", INSTEAD)
 
 
 def node_shapes(node: ir.Node) -> onnx.NodeProto:

@@ -18,7 +18,7 @@ from torch import nn
 
 from dpctl.errors import DpctlError
 from export.precision import PRECISIONS
-from export.shapes import TODO, Shapes, aimed_at, node_shapes, underivable
+from export.shapes import INSTEAD, Shapes, aimed_at, node_shapes, underivable
 
 # A batch no other axis has the length of, so that a product with it in it is recognized. Nothing is computed at it.
 BATCH = 10007
@@ -76,7 +76,7 @@ class _Rewidening:
         unused = [name for name, value in self.parameters.items() if id(value) not in self.used]
         if unused:
             got = f"{unused[0]} has no place in the graph; {len(unused)} tensors have none"
-            raise DpctlError("the network is not of the graph's layers", got, TODO)
+            raise DpctlError("the network is not of the graph's layers", got, INSTEAD)
 
     def _module(self, node: ir.Node) -> tuple[str, nn.Module | None]:
         name = str(node.name).rpartition("/")[0]

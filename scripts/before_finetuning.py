@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,29 @@ def alike(saved: Entry | None, recipe: Any) -> bool:
     return saved is None if recipe is None else saved is not None and differing(saved, recipe) is None
 
 
+def make(
+    done: dict[str, Entry],
+    name: str,
+    recipe: Any,
+    take: Callable[[], Entry],
+    save: Callable[[], None],
+    told: Callable[[Entry], list[str]],
+) -> None:
+    """Measure an arm by `take` unless `done` holds it by the same recipe; save it, and say what came out."""
+    if name in done and alike(done[name]["recipe"], recipe):
+        sys.stderr.write(f"{name}: done before\n")
+        return
+    began = time.perf_counter()
+    done[name] = {"recipe": to_dict(recipe) if recipe else None} | take()
+    save()
+    sys.stderr.write(f"{name}: {time.perf_counter() - began:.0f} s, {' | '.join(told(done[name]))}\n")
+
+
 def fill(done: dict[str, Entry], names: Iterable[str], gauge: Gauge, save: Callable[[], None]) -> None:
     """Measure the arms that `done` does not hold yet by the same recipe; save after each."""
     for name in names:
         recipe = recipe_of(name, done)
-        asked = {"recipe": to_dict(recipe) if recipe else None}
-        if name in done and alike(done[name]["recipe"], recipe):
-            sys.stderr.write(f"{name}: done before\n")
-            continue
-        began = time.perf_counter()
-        done[name] = asked | gauge.take(recipe)
-        save()
-        sys.stderr.write(f"{name}: {time.perf_counter() - began:.0f} s, {' | '.join(cells(done[name], done))}\n")
+        make(done, name, recipe, partial(gauge.take, recipe), save, lambda entry: cells(entry, done))
 
 
 def cells(entry: Entry, done: dict[str, Entry]) -> list[str]:

@@ -9,8 +9,8 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from dpctl.bench.metrics import Drawn, Figure
 from dpctl.bench.quality import judge
 from dpctl.errors import DpctlError
 from dpctl.finetune import finetune
+from dpctl.latency.document import read_profile
 from dpctl.models import load_model, resolve
-from dpctl.recipe import FinetuneRecipe, LatencyRecipe, PruneRecipe, to_dict
+from dpctl.recipe import FinetuneRecipe, LatencyRecipe, PruneRecipe
 from dpctl.report.page import interval
 from dpctl.units import percent
-from scripts.before_finetuning import MODEL, Gauge, alike, read, write, write_between
+from scripts.before_finetuning import MODEL, Gauge, make, read, write, write_between
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PROFILE = ROOT / "docs" / "latency" / "front.json", Path("docs/latency/profile.json")  # from the root
@@ -69,6 +70,9 @@ def key_of(method: str, share: str) -> str:
 
 def take(method: str, share: str, gauge: Gauge) -> Entry:
     """Prune, judge, finetune, judge again; return the figures."""
+    if method == BY_MODEL and not read_profile(PROFILE).is_from_here:
+        todo = f"make one here: dpctl profile {MODEL} --out {PROFILE} --threads 1 --held-out 20 --force"
+        raise DpctlError("the latency file is of another machine", str(PROFILE), todo)
     with tempfile.TemporaryDirectory() as folder:
         slim, tuned = Path(folder) / "slim", Path(folder) / "tuned"
         manifest = chain.prune(MODEL, slim, recipe_of(method, share))
@@ -137,14 +141,9 @@ def main() -> int:
         document, gauge = read(asked.out, asked.samples), Gauge(asked.samples)
         done = document["arms"]
         for method, share in arms(asked.only):
+            taking = partial(take, method, share, gauge)
             key, recipe = key_of(method, share), recipe_of(method, share)
-            if key in done and alike(done[key]["recipe"], recipe):
-                sys.stderr.write(f"{key}: done before\n")
-                continue
-            began = time.perf_counter()
-            done[key] = {"recipe": to_dict(recipe)} | take(method, share, gauge)
-            write(asked.out, document)
-            sys.stderr.write(f"{key}: {time.perf_counter() - began:.0f} s, {' | '.join(cells(done[key]))}\n")
+            make(done, key, recipe, taking, lambda: write(asked.out, document), cells)
         text = table(done)
         if asked.page is not None:
             write_between(asked.page, text, BEGIN, END)

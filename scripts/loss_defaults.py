@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from dpctl.prune import prune
 from dpctl.recipe import FinetuneRecipe, PruneRecipe, to_dict
 from dpctl.report.page import interval
 from dpctl.signature import sample_size
-from scripts.before_finetuning import MODEL, Gauge, alike, options, read, write, write_between
+from scripts.before_finetuning import MODEL, Gauge, make, options, read, write, write_between
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "finetuning" / "loss_defaults.json"
 BEGIN, END = "<!-- loss-defaults: begin -->", "<!-- loss-defaults: end -->"
@@ -132,19 +132,19 @@ def fill(done: dict[str, Entry], arms: Iterable[tuple[str, int]], bench: Bench, 
     Raises a DpctlError where those it holds began with another cut network.
     """
     for arm, seed in arms:
-        name, recipe = key_of(arm, seed), recipe_of(arm, seed)
-        asked = {"recipe": to_dict(recipe) if recipe else None}
-        if name in done and alike(done[name]["recipe"], recipe):
-            sys.stderr.write(f"{name}: done before\n")
-            continue
-        began = time.perf_counter()
-        entry: Entry = asked | bench.take(arm, seed)
-        if any(other["cut"] != entry["cut"] for other in done.values()):
-            got = f"{entry['cut'][:12]}; those of the file began with another"
-            raise DpctlError("the cut network is not the one of the results", got, "give another --out")
-        done[name] = entry
-        save()
-        sys.stderr.write(f"{name}: {time.perf_counter() - began:.0f} s, {' | '.join(cells([entry]))}\n")
+        make(done, key_of(arm, seed), recipe_of(arm, seed), partial(_taken, done, arm, seed, bench), save, _told)
+
+
+def _taken(done: dict[str, Entry], arm: str, seed: int, bench: Bench) -> Entry:
+    entry = bench.take(arm, seed)
+    if any(other["cut"] != entry["cut"] for other in done.values()):
+        got = f"{entry['cut'][:12]}; those of the file began with another"
+        raise DpctlError("the cut network is not the one of the results", got, "give another --out")
+    return entry
+
+
+def _told(entry: Entry) -> list[str]:
+    return cells([entry])
 
 
 def cells(entries: list[Entry]) -> list[str]:

@@ -2,13 +2,12 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpctl.bench.subjects import ENGINES
 from dpctl.errors import DpctlError
-from dpctl.latency.sampling import alike
 from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select
 from dpctl.prune.surgery import kept_indices, slim
@@ -43,7 +42,7 @@ class Exports:
         assert recipe.latency is not None
         # Of a call of the network the other components are no part: a text encoder is gigabytes to copy.
         alone = recipe.latency.of == "unet"
-        self._source = load_model(str(unet_directory(source.directory))) if alone else source
+        self._source = replace(source, directory=unet_directory(source.directory)) if alone else source
         self._folder, self._made = folder, 0
         self._whole, self._backend = folder / "unpruned", recipe.latency.backend
         self.groups, self.network, _ = trace(source, recipe)
@@ -72,7 +71,7 @@ class Exports:
         for earlier in self._folder.glob("network *"):
             shutil.rmtree(earlier)
         self._made += 1
-        plan = select(self.network, alike(self.network), widths)
+        plan = select(self.network, self.network.alike(), widths)
         kept = kept_indices(self._source.unet, self.groups, plan)
         small = slim(self._source.unet, kept, stock, self.groups.whole)
         out = self._folder / f"network {self._made}"

@@ -56,6 +56,12 @@ def check(recipe: LatencyRecipe) -> Goal:
     registry.choose(LATENCIES_OF, recipe.of, "kind of latency")
     check_export(ExportRecipe(precision=recipe.precision))
     check_scheduler(recipe.scheduler)
+    idle = {name: getattr(recipe, name) for name in ("num_inference_steps", "scheduler")}
+    if recipe.of == "unet" and idle != {name: getattr(LatencyRecipe(), name) for name in idle}:
+        got = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in idle.items())
+        raise DpctlError(
+            "a call of the network takes no steps", got, "leave them out, or time images: --latency-of image"
+        )
     if recipe.model is not None and recipe.of != "unet":
         got = f"a latency of {recipe.of}, and {recipe.model}"
         raise DpctlError("a latency file is of calls of the network", got, "leave --latency-of or --latency-model out")

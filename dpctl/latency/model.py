@@ -7,15 +7,14 @@ itself, so the sum is scaled to what the whole network took.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
-from dpctl.prune.allocation import Term
 from dpctl.prune.plan import Layer, Network, Side
+from dpctl.prune.terms import Term, rounded
 
 # Blocks of channels that kernels of processors and tensor cores work in.
 STEPS = (1, 4, 8, 16, 32)
@@ -43,7 +42,7 @@ class LatencyModel:
 
     def predict(self, widths: Mapping[str, int]) -> float:
         """Return what a network of these widths takes, in seconds."""
-        return self.constant_s + sum(cost(term, widths) for term in self.terms)
+        return self.constant_s + sum(term.cost(widths) for term in self.terms)
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,7 @@ class Accuracy:
     rank_correlation: float
     median_error: float
     worst_error: float
-    pairs: tuple[tuple[float, float], ...] = field(default=())
-
-
-def cost(term: Term, widths: Mapping[str, int]) -> float:
-    """Return what a layer costs at these widths; one without a side is gone."""
-    a, b = (_rounded(side.width(widths), term.step) for side in (term.inputs, term.outputs))
-    return (term.base + term.per_input * a + term.per_output * b + term.per_product * a * b) if a and b else 0.0
-
-
-def _rounded(width: int, step: int) -> int:
-    return -(-width // step) * step
+    pairs: tuple[tuple[float, float], ...]
 
 
 def fit(network: Network, samples: Sequence[Sample]) -> LatencyModel:
@@ -101,7 +90,7 @@ def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, st
     """Return a term for every layer, and the sum of squares that is left of their times."""
     terms, left = [], 0.0
     for layer in network.layers:
-        sides = [[_rounded(side.width(s.widths), step) for s in samples] for side in (layer.inputs, layer.outputs)]
+        sides = [[rounded(side.width(s.widths), step) for s in samples] for side in (layer.inputs, layer.outputs)]
         a, b = (np.array(side, dtype=float) for side in sides)
         if not layer.positions:  # a norm
             a = np.zeros_like(b)
@@ -142,8 +131,3 @@ def accuracy(model: LatencyModel, samples: Sequence[Sample]) -> Accuracy:
     errors = np.abs(predicted / measured - 1.0)
     rank = float(spearmanr(predicted, measured).statistic)
     return Accuracy(rank, float(np.median(errors)), float(errors.max()), tuple(pairs))
-
-
-def to_json(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Return samples as plain values."""
-    return [{"widths": dict(s.widths), "layers": dict(s.layers), "latency_s": s.latency_s} for s in samples]

@@ -23,6 +23,8 @@ from runtime.layers import JOINED
 
 # Passes that a layer's time is the median of.
 PASSES = 15
+# Four coefficients of a layer, from twice as many networks at least, the unpruned one among them.
+FEWEST = 8
 # A single network may be known this badly: the fit is over many.
 ROUGH = Precision(enough=0.04, too_wide=0.3)
 
@@ -45,6 +47,9 @@ def profile(
     cannot be exported or measured, and for a file that is there and of something else.
     """
     check(recipe)
+    if networks + 1 < FEWEST or held_out < 0:
+        got = f"{networks} networks, {held_out} held out"
+        raise DpctlError("a latency model is not learnt from so few networks", got, f"time {FEWEST - 1} or more")
     if recipe.of != "unet":
         raise DpctlError("a latency file is of calls of the network", f"latency of {recipe.of}", "profile the unet")
     source = load_model(model)
@@ -116,7 +121,7 @@ def _measured(exports: Exports, clock: Clock, widths: Mapping[str, int], baselin
 
 def fitted(found: Profile, network: Network) -> LatencyModel:
     """Return the model that a file's networks give. Raises a DpctlError where they are too few."""
-    if len(found.samples) < 8:
+    if len(found.samples) < FEWEST:
         got = f"{len(found.samples)} networks"
         raise DpctlError("the latency file has too few networks", got, "go on with `dpctl profile --resume`")
     return fit(network, found.samples)

@@ -1,20 +1,13 @@
 """Which networks a latency model is learnt from: whole ones, stratified over sizes and widths of each group."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from dpctl.prune.plan import Network, Span
+from dpctl.prune.plan import Network
 
 # The smallest part of the widths that a network is asked to have, and how far its groups lie from one another.
 NARROWEST, SPREAD = 0.2, 0.3
-
-
-def allowed(span: Span, align: int = 1) -> tuple[int, ...]:
-    """Return every width that a group may have, ascending."""
-    step = span.step(align)
-    return (*range(step, span.width, step), span.width)
 
 
 def stratified(network: Network, count: int, seed: int, align: int = 1) -> list[dict[str, int]]:
@@ -30,7 +23,7 @@ def stratified(network: Network, count: int, seed: int, align: int = 1) -> list[
     for span in network.spans:
         offsets = SPREAD * (2 * (generator.permutation(count) + generator.random(count)) / count - 1)
         for widths, part in zip(found, np.clip(sizes + offsets, 0.0, 1.0), strict=True):
-            widths[span.name] = nearest(allowed(span, align), part * span.width)
+            widths[span.name] = nearest(span.widths(align), part * span.width)
     # Not from small to large: what is measured first should not be of one kind.
     return [found[number] for number in generator.permutation(count)]
 
@@ -38,8 +31,3 @@ def stratified(network: Network, count: int, seed: int, align: int = 1) -> list[
 def nearest(widths: Sequence[int], wanted: float) -> int:
     """Return the allowed width next to a wanted one."""
     return min(widths, key=lambda width: (abs(width - wanted), width))
-
-
-def alike(network: Network) -> dict[str, Any]:
-    """Return scores under which every channel of a group is worth the same: of widths only the number matters."""
-    return {span.name: [1.0] * span.width for span in network.spans}

@@ -6,7 +6,6 @@ import numpy as np
 
 from dpctl.errors import DpctlError
 from dpctl.latency.model import LatencyModel
-from dpctl.latency.sampling import allowed
 from dpctl.prune import Scored
 from dpctl.prune.allocation import Choice, allocate
 from dpctl.prune.plan import PruningPlan, Span, select, width_at
@@ -16,11 +15,14 @@ from dpctl.recipe import PruneRecipe
 def plan_within(scored: Scored, recipe: PruneRecipe, model: LatencyModel, budget_s: float) -> PruningPlan:
     """Return the plan with the most importance whose predicted latency is at most `budget_s`.
 
-    Raises a DpctlError with the floor for a budget below it, and for the layout `stock`.
+    Raises a DpctlError with the floor for a budget below it, and for what plans otherwise.
     """
     if scored.levels is not None:
         todo = "leave --latency-model out: without it the target is met by candidates that are timed"
         raise DpctlError("a latency model plans every group by itself", "--layout stock", todo)
+    if recipe.scope == "local":
+        todo = "leave --scope or --latency-model out"
+        raise DpctlError("a latency model ranks all groups together", "--scope local", todo)
     choices = [_choice(span, scored, recipe) for span in scored.network.spans]
     widths = allocate(choices, model.terms, budget_s - model.constant_s)
     return select(scored.network, scored.scores, widths)
@@ -32,7 +34,7 @@ def _choice(span: Span, scored: Scored, recipe: PruneRecipe) -> Choice:
     # Where scores of different groups are in no common unit, a group's whole importance is 1.
     unit = 1.0 if scored.comparable else sum(values) or 1.0
     least = min(span.width, width_at(span, 1.0 - recipe.floor, recipe.align)) if recipe.floor else 0
-    widths = tuple(width for width in allowed(span, recipe.align) if width >= least)
+    widths = tuple(width for width in span.widths(recipe.align) if width >= least)
     kept = importances(span, values) / unit
     return Choice(span.name, widths, tuple(float(kept[width // (span.segments * span.block)]) for width in widths))
 

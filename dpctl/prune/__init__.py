@@ -37,6 +37,7 @@ def prune(
     Raises a DpctlError for an unusable recipe, model, data or output; nothing is written then.
     """
     check(recipe)
+    _require_planned(recipe)
     artifact.refuse_existing(out, force=force)
     source = load_model(model)
     pruned = prune_unet(source, recipe, bar=bar)
@@ -54,9 +55,17 @@ def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
     """
     check(recipe)
     document = to_dict(recipe)
+    if recipe.latency is not None:
+        return document  # a plan would take candidates that are timed
     if registry.load(CRITERIA, recipe.criterion, "criterion").NEEDS_DATA:
         return document  # a plan would take the scores, which take a while
     return document | {"plan": prune_unet(load_model(model), recipe, weights=False).stats}
+
+
+def _require_planned(recipe: PruneRecipe) -> None:
+    if recipe.latency is not None:
+        todo = "call dpctl.chain.prune, which exports and times candidates"
+        raise DpctlError("a latency is met by what runs, not by a plan alone", f"latency {recipe.latency.target}", todo)
 
 
 def scan(model: str, data: str, *, bar: progress.Bar = progress.no_bar) -> dict[str, Any]:
@@ -198,7 +207,7 @@ def would_cut(model: str, recipe: PruneRecipe) -> bool:
     source = load_model(model)
     comparable = registry.load(CRITERIA, recipe.criterion, "criterion").COMPARABLE
     _, network, levels = trace(source, recipe)
-    alike = {span.name: [1.0] * span.width for span in network.spans}
+    alike = network.alike()
     priced = network if levels is None else tied(network, alike, levels)[0]
     goal = goal_of(priced, recipe, unpruned_costs(source))
     if goal is not None and priced.cost(goal[0], priced.full()) <= goal[1]:

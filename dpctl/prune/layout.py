@@ -155,9 +155,9 @@ def search(
     Networks have few levels of different widths, so every combination is looked at. Raises a DpctlError where none
     fits, with the floor as a fraction of `unpruned`, by default of this network.
     """
-    while math.prod(len(_choices(span, align)) for span in network.spans) > COMBINATIONS:
+    while math.prod(len(span.widths(align)) for span in network.spans) > COMBINATIONS:
         align *= 2
-    kept = {s.name: {w: math.fsum(scores[s.name][:w]) for w in _choices(s, align)} for s in network.spans}
+    kept = {s.name: {w: math.fsum(scores[s.name][:w]) for w in s.widths(align)} for s in network.spans}
     combinations = [dict(zip(kept, found, strict=True)) for found in itertools.product(*kept.values())]
     costs = [network.cost(measure, found) for found in combinations]
     fitting = [found for found, cost in zip(combinations, costs, strict=True) if cost <= budget]
@@ -173,12 +173,6 @@ def search(
             "ask for the floor or more, lower --align, or use --layout free",
         )
     return chosen
-
-
-def _choices(span: Span, align: int) -> list[int]:
-    """Return every allowed width of a level."""
-    step = span.step(align)
-    return [*range(step, span.width, step), span.width]
 
 
 def _unit(span: Span, tie: Tie) -> int:

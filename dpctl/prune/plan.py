@@ -40,6 +40,11 @@ class Span:
         """Return the granularity of this group's width; its full width is allowed whether or not a multiple."""
         return math.lcm(self.segments, self.block, self.unit, align)
 
+    def widths(self, align: int) -> tuple[int, ...]:
+        """Return every allowed width, ascending."""
+        step = self.step(align)
+        return (*range(step, self.width, step), self.width)
+
     def narrower(self, width: int, align: int) -> int:
         """Return the next allowed width below `width`, or `width` itself where that is the last step."""
         step = self.step(align)
@@ -90,6 +95,10 @@ class Network:
     def full(self) -> dict[str, int]:
         """Return the unpruned width of every group."""
         return {span.name: span.width for span in self.spans}
+
+    def alike(self) -> dict[str, list[float]]:
+        """Return scores under which every channel is worth the same: only the number of them matters."""
+        return {span.name: [1.0] * span.width for span in self.spans}
 
     def cost(self, measure: str, widths: Mapping[str, int]) -> int:
         """Return the whole network's ``"macs"``, ``"params"`` or ``"channels"`` at these widths."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpctl.prune.plan import Network, Side
@@ -28,10 +29,20 @@ class Term:
         if not all(0.0 <= value < math.inf for value in self.coefficients) or self.step < 1:
             raise ValueError(f"{self.name}: coefficients {self.coefficients}, step {self.step}")
 
+    def cost(self, widths: Mapping[str, int]) -> float:
+        """Return what the layer costs at these widths."""
+        a, b = (rounded(side.width(widths), self.step) for side in (self.inputs, self.outputs))
+        return self.base + self.per_input * a + self.per_output * b + self.per_product * a * b if a and b else 0.0
+
     @property
     def coefficients(self) -> tuple[float, float, float, float]:
         """The four coefficients, in the order of the fields."""
         return self.base, self.per_input, self.per_output, self.per_product
+
+
+def rounded(width: int, step: int) -> int:
+    """Return a width rounded up to a multiple of `step`."""
+    return -(-width // step) * step
 
 
 @dataclass(frozen=True)

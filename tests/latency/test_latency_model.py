@@ -11,7 +11,7 @@ import pytest
 from dpctl.errors import DpctlError
 from dpctl.latency.document import Profile, read_profile, require_fitting
 from dpctl.latency.model import Sample, accuracy, fit
-from dpctl.latency.sampling import NARROWEST, allowed, nearest, stratified
+from dpctl.latency.sampling import NARROWEST, nearest, stratified
 from dpctl.latency.widths import importances
 from dpctl.prune.plan import Layer, Network, Side, Span, best
 
@@ -75,7 +75,7 @@ def test_samples_cover_the_range_and_every_group_on_its_own() -> None:
     found = stratified(NETWORK, 32, 0)
     assert found == stratified(NETWORK, 32, 0) != stratified(NETWORK, 32, 1)
     sizes = np.array([[widths[span.name] for span in SPANS] for widths in found])
-    assert {int(width) for width in sizes.flat} <= set(allowed(SPANS[0]))
+    assert {int(width) for width in sizes.flat} <= set(SPANS[0].widths(1))
     means = sizes.mean(1) / 64
     assert means.min() < NARROWEST + 0.2
     assert means.max() > 0.8
@@ -86,7 +86,7 @@ def test_samples_cover_the_range_and_every_group_on_its_own() -> None:
 
 
 def test_the_nearest_width_is_an_allowed_one() -> None:
-    assert allowed(Span("a", 60, 4), 8) == (8, 16, 24, 32, 40, 48, 56, 60)
+    assert Span("a", 60, 4).widths(8) == (8, 16, 24, 32, 40, 48, 56, 60)
     assert [nearest((8, 16, 60), wanted) for wanted in (0, 12, 37, 39, 100)] == [8, 8, 16, 60, 60]
 
 
@@ -148,6 +148,6 @@ def test_a_width_is_worth_the_channels_that_selection_keeps(segments: int, block
     span = Span("a", 32, segments, block=block)
     values = np.random.default_rng(0).random(32).tolist()
     worth = importances(span, values)
-    for width in allowed(span):
+    for width in span.widths(1):
         kept = sum(values[channel] for channel in best(span, values, width))
         assert worth[width // (segments * block)] == pytest.approx(kept)
