@@ -67,6 +67,7 @@ def prune(
     only: options.Only = None,
     heads: options.Heads = PRUNE.heads,
     norm_groups: options.NormGroups = PRUNE.norm_groups,
+    depth: options.Depth = PRUNE.depth,
     sensitivity: options.Sensitivity = False,
     seed: options.Seed = PRUNE.seed,
     force: options.Force = False,

@@ -91,6 +91,10 @@ Heads = Annotated[
 NormGroups = Annotated[
     bool, typer.Option("--norm-groups", help="Take whole GroupNorm groups where they fit, not a part of each.")
 ]
+Depth = Annotated[
+    bool,
+    typer.Option("--depth", help="Whole residual branches, attentions and transformer blocks may go, where that pays."),
+]
 Sensitivity = Annotated[
     bool, typer.Option("--sensitivity", help="Scan how the denoising loss reacts to cuts in one group at a time.")
 ]

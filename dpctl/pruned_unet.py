@@ -9,12 +9,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 Channels = dict[str, list[int]]
+# Of a transformer block: which norm stands before each of its branches.
+NORMS = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}
+# Kind of a block with a residual branch -> the layer that gives what the branch adds.
+LAST = {"ResnetBlock2D": "conv2", "Attention": "to_out.0", "FeedForward": "net.2", "Transformer2DModel": "proj_out"}
 
 
 class _Travelling(ModelMixin, ConfigMixin):
@@ -64,7 +69,8 @@ class PrunedUNet2DModel(_Travelling, UNet2DModel):
 
     `base_config` is the unpruned model's config (so `config.block_out_channels` stays the unpruned value);
     `channels` maps a module's name to [in, out] of a convolution, linear layer or embedding, to [width] of a norm or,
-    of a group norm that has another number of groups, [width, groups], and to [heads] of an attention that has fewer.
+    of a group norm that has another number of groups, [width, groups], to [heads] of an attention that has fewer, and
+    to [0, width] of a block whose residual branch is gone, with the width of what passes by it.
     """
 
     # Stock diffusers names a custom component by its class's module: this must be the name of the file beside the
@@ -153,8 +159,11 @@ def _arguments(base_config: dict[str, Any]) -> dict[str, Any]:
 def narrow(unet: nn.Module, channels: Channels) -> None:
     """Replace every layer named in `channels` by one of the same kind with these widths; weights are fresh.
 
-    An attention named there gets its number of heads.
+    An attention named there gets its number of heads, and a block without a branch becomes what is left of it.
     """
+    for name, widths in channels.items():
+        if widths[0] == 0:
+            _remove(unet, name, widths[1])
     for name, widths in channels.items():
         module: Any = unet.get_submodule(name)
         if type(module).__name__ == "Attention":
@@ -166,7 +175,63 @@ def narrow(unet: nn.Module, channels: Channels) -> None:
         _fit_attributes(module)
 
 
+class Removed(nn.Module):
+    """What is left of a block whose residual branch has no channels: the constant that it still adds, a bias.
+
+    A block that adds its own residual gives its shortcut and the `bias` [C, 1, 1], over `factor`; one whose residual is
+    added around it gives the `bias` [C] alone. `last` is the layer, in the block as it was, that the bias is from.
+    """
+
+    def __init__(
+        self,
+        last: str,
+        shape: tuple[int, ...],
+        shortcut: nn.Module | None = None,
+        factor: float = 1.0,
+        alone: bool = False,
+        as_tuple: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.last, self.conv_shortcut, self.factor = last, shortcut, factor
+        self.alone, self.as_tuple = alone, as_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take what the block took; of that only the first counts."""
+        passed = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+        output = self.constant(passed) if self.alone else passed + self.constant(passed)
+        if self.factor != 1.0:
+            output = output / self.factor
+        return (output,) if self.as_tuple else output
+
+    def constant(self, passed: torch.Tensor) -> torch.Tensor:
+        """Return what the branch adds, which broadcasts to what passes by."""
+        return self.bias.to(passed.dtype)
+
+
+def _remove(unet: nn.Module, name: str, width: int) -> None:
+    """Put what is left of a block in its place, and nothing in the place of a norm that only it reads."""
+    module: Any = unet.get_submodule(name)
+    parent_name, _, leaf = name.rpartition(".")
+    parent, kind = unet.get_submodule(parent_name), type(module).__name__
+    if kind not in LAST:
+        raise TypeError(f"a {kind} has no branch that can go")
+    last, image = LAST[kind], (width, 1, 1)
+    if kind == "ResnetBlock2D":
+        left = Removed(last, image, shortcut=module.conv_shortcut, factor=module.output_scale_factor)
+    elif kind == "Transformer2DModel":
+        left = Removed(last, image, as_tuple=True)
+    elif type(parent).__name__ == "BasicTransformerBlock":
+        left = Removed(last, (width,), alone=True)
+        setattr(parent, NORMS[leaf], nn.Identity())
+    else:
+        left = Removed(last, image, factor=module.rescale_output_factor)
+    setattr(parent, leaf, left)
+
+
 def _resized(layer: nn.Module, widths: list[int]) -> nn.Module:
+    if isinstance(layer, Removed):
+        return layer
     if isinstance(layer, nn.Conv2d):
         return nn.Conv2d(
             widths[0],
@@ -221,4 +286,6 @@ def widths(layer: nn.Module) -> list[int]:
         return [layer.num_channels]
     if isinstance(layer, nn.LayerNorm):
         return [layer.normalized_shape[0]]
+    if isinstance(layer, Removed):
+        return [0, layer.bias.shape[0]]
     raise TypeError(f"a {type(layer).__name__} has no widths")

@@ -152,6 +152,7 @@ class PruneRecipe:
       one that it descends from. The two targets are of the unpruned one always.
     * `keep` and `only`: globs over module names.
     * `heads` and `norm_groups`: whole attention heads and whole GroupNorm groups go, instead of a part of each.
+    * `depth`: the branch of a residual block, an attention or a transformer block may go altogether.
     * `sensitivity`: scan how the loss reacts to cuts in each group of the model, and keep that in the manifest.
     """
 
@@ -178,6 +179,7 @@ class PruneRecipe:
     only: tuple[str, ...] = ()
     heads: bool = False
     norm_groups: bool = False
+    depth: bool = False
     sensitivity: bool = False
     seed: int = 0
 

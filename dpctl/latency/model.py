@@ -94,10 +94,13 @@ def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, st
         a, b = (np.array(side, dtype=float) for side in sides)
         if not layer.positions:  # a norm
             a = np.zeros_like(b)
+        there = np.array([not layer.is_gone(sample.widths) for sample in samples], dtype=float)
         times = np.array([sample.layers.get(layer.name, 0.0) for sample in samples])
-        found, residual = _nonnegative(np.stack([np.ones_like(a), a, b, a * b], 1), times, weights)
+        features = np.stack([np.ones_like(a), a, b, a * b], 1) * there[:, None]
+        found, residual = _nonnegative(features, times * there, weights)
         base, per_input, per_output, per_product = found
-        inputs = layer.inputs if layer.positions else Side(1)
+        # A norm before a branch has nothing to do without it.
+        inputs = layer.inputs if layer.positions else Side(0, {layer.needs[-1]: 1}) if layer.needs else Side(1)
         terms.append(Term(layer.name, inputs, layer.outputs, base, per_input, per_output, per_product, step))
         left += residual**2
     return terms, left
@@ -111,7 +114,8 @@ def _nonnegative(features: np.ndarray, times: np.ndarray, weights: np.ndarray) -
 
 
 def _volume(network: Network, widths: Mapping[str, int]) -> float:
-    return float(sum(layer.positions * layer.outputs.width(widths) for layer in network.layers))
+    there = [layer for layer in network.layers if not layer.is_gone(widths) and layer.inputs.width(widths)]
+    return float(sum(layer.positions * layer.outputs.width(widths) for layer in there))
 
 
 def _with_output(term: Term, layer: Layer, per_value: float) -> Term:

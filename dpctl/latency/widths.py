@@ -30,13 +30,20 @@ def plan_within(scored: Scored, recipe: PruneRecipe, model: LatencyModel, budget
 
 def _choice(span: Span, scored: Scored, recipe: PruneRecipe) -> Choice:
     """Return what a group may be: no narrower than the recipe's floor, with the importance that each width keeps."""
-    values = scored.scores[span.name]
-    # Where scores of different groups are in no common unit, a group's whole importance is 1.
-    unit = 1.0 if scored.comparable else sum(values) or 1.0
+    values = _in_one_unit(span, scored)
     least = min(span.width, width_at(span, 1.0 - recipe.floor, recipe.align)) if recipe.floor else 0
     widths = tuple(width for width in span.widths(recipe.align) if width >= least)
-    kept = importances(span, values) / unit
+    kept = importances(span, values)
+    # What is within a group goes with it.
+    kept[0] = -sum(sum(_in_one_unit(inner, scored)) for inner in scored.network.inside.get(span.name, ()))
     return Choice(span.name, widths, tuple(float(kept[width // (span.segments * span.block)]) for width in widths))
+
+
+def _in_one_unit(span: Span, scored: Scored) -> list[float]:
+    """Return a group's scores; where those of different groups are in no common unit, its whole importance is 1."""
+    values = scored.scores[span.name]
+    whole = 1.0 if scored.comparable else sum(values) or 1.0
+    return [value / whole for value in values]
 
 
 def importances(span: Span, values: Sequence[float]) -> np.ndarray:

@@ -24,11 +24,14 @@ def slice_lora(lora: Mapping[str, Tensor], kept: Kept, slim: Any) -> dict[str, T
     that were not made for the base model, and for kinds of adapters that cannot be sliced.
     """
     base = _base(slim)
+    layers, there = ({name for name, _ in network.named_modules()} for network in (base, slim))
     pruned = {key.rpartition(".")[0] for key in kept}
     sliced = {}
     for key, value in convert_unet_state_dict_to_peft(dict(lora)).items():
         name, _, which = key.removeprefix("unet.").removesuffix(".weight").rpartition(".")
         layer = name.partition(".lora_")[0]
+        if layer in layers and layer not in there:
+            continue  # of a branch that is gone
         if layer not in pruned or which == "alpha":
             sliced[key] = value
             continue

@@ -46,6 +46,12 @@ def _check_read(recipe: PruneRecipe, criterion: Any) -> None:
         )
     by_itself = "global" if criterion.COMPARABLE and recipe.ratio is None else "local"
     scope = by_itself if recipe.scope == "auto" else recipe.scope
+    if recipe.depth and (recipe.layout == "stock" or recipe.floor or scope != "global"):
+        raise DpctlError(
+            "--depth needs groups that may each lose all of their channels",
+            f"layout {recipe.layout}, scope {scope}, floor {recipe.floor:g}",
+            "use --layout free and --scope global without --floor, or leave --depth out",
+        )
     if recipe.floor and scope != "global":
         raise DpctlError(
             "--floor belongs to --scope global",

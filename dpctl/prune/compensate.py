@@ -23,6 +23,7 @@ from dpctl.data import TrainingSet
 from dpctl.diffusion import first_timestep, noise_for, sample_generator
 from dpctl.errors import DpctlError
 from dpctl.models import Model
+from dpctl.prune.branches import Branch, gone
 from dpctl.prune.probe import open_probe, takes_data
 from dpctl.prune.surgery import Kept, temperature
 from dpctl.recipe import PruneRecipe
@@ -154,8 +155,8 @@ def compensate(
 
     `small` is `unet` cut at the `kept` positions. Returns the fit of every layer that was changed.
     """
-    fits: dict[str, Fit] = {}
     arguments = unet_arguments(dict(inputs))
+    fits = _leave_means(unet, small, kept, arguments)
     layers = [_Rows(name, unet.get_submodule(name), small.get_submodule(name), seed) for name in fittable(unet, small)]
 
     for portion in _portions(layers):
@@ -178,6 +179,28 @@ def compensate(
     return fits
 
 
+def _leave_means(unet: Any, small: Any, kept: Kept, arguments: Mapping[str, Any]) -> dict[str, Fit]:
+    """Let what is left of each branch that went add the mean of what the branch added, channel by channel."""
+    fits: dict[str, Fit] = {}
+
+    def leave(branch: Branch) -> Any:
+        def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+            flat = (output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output).flatten(0, -2)
+            if f"{branch.block}.out" in kept:
+                flat = flat[:, kept[f"{branch.block}.out"].to(flat.device)]
+            bias = small.get_submodule(branch.block).bias
+            before = float((flat - bias.flatten()).norm() / flat.norm())
+            bias.copy_(flat.mean(0).reshape(bias.shape))
+            fits[branch.block] = Fit(before, float((flat - bias.flatten()).norm() / flat.norm()))
+
+        return unet.get_submodule(branch.last).register_forward_hook(hook)
+
+    removed = gone(unet, kept)
+    if removed:
+        _run(unet, arguments, [leave(branch) for branch in removed])
+    return fits
+
+
 def _refit(rows: _Rows, unet: Any, small: Any, kept: Kept, given: Tensor, remembered: Tensor) -> Fit | None:
     whole = unet.get_submodule(rows.name)
     kept_in, kept_out = (
@@ -192,7 +215,8 @@ def _refit(rows: _Rows, unet: Any, small: Any, kept: Kept, given: Tensor, rememb
 
 def fittable(unet: Any, small: Any) -> list[str]:
     """Return the layers that can be refitted, in the order of computation."""
-    return [name for name in positions(unet) if _can_be_fitted(small.get_submodule(name))]
+    there = dict(small.named_modules())
+    return [name for name in positions(unet) if name in there and _can_be_fitted(there[name])]
 
 
 def _can_be_fitted(layer: nn.Module) -> bool:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from dpctl.cost import example_inputs, without_weights
 from dpctl.errors import DpctlError
+from dpctl.prune.branches import branch_of, find_branches
+from dpctl.pruned_unet import Removed
 from dpctl.signature import unet_arguments
 
 OUT, IN = "out", "in"
@@ -40,6 +42,7 @@ class ChannelGroup:
     `name` is the module whose outputs they are, `width` their number. `segments` contiguous parts of equal size (norm
     groups, attention heads) must keep equal numbers of channels; in a group that is cut `whole`, every `block`
     contiguous channels stay or go together instead, and the norms or the attention around them have fewer parts.
+    Without any of its channels the branch of the block `branch` is gone, where there is one that may go.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     block: int = 1
     whole: bool = False
+    branch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,22 @@ class Groups:
         return frozenset(f"{m.module}.{m.side}" for group in self.prunable if group.whole for m in group.members)
 
 
-def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) -> Groups:
+def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False, depth: bool = False) -> Groups:
     """Trace `unet`, without its weights, and return its coupled channel groups in the order of the trace.
 
-    With `heads` and `norm_groups` whole ones of these go, where they fit, instead of a part of each.
+    With `heads` and `norm_groups` whole ones of these go, where they fit, instead of a part of each. With `depth` a
+    residual branch may go altogether.
     """
     unet = without_weights(unet)
     order = {module: name for name, module in unet.named_modules()}
-    graph, raw = _traced(unet)
+    constants = _layers_for_constants(order)
+    graph, raw = _traced(unet, constants)
+    order |= {layer: f"{order[removed]}.{removed.last}" for removed, layer in constants.items()}
+    left = {f"{order[removed]}.{removed.last}": order[removed] for removed in constants}
     found, left_alone, in_parts = [], {}, dict[str, str]()
     for group in raw:
         name = order[group[0].dep.target.module]
-        members, reason = _members(graph, group, order)
+        members, reason = _members(graph, group, order, left)
         width, members = _folded(len(group[0].idxs), members)
         segments = _segments(unet, members)
         if reason is None and not all(_evenly(member, width) for member in members):
@@ -88,19 +96,61 @@ def find_groups(unet: Any, *, heads: bool = False, norm_groups: bool = False) ->
         found = [_in_heads(unet, group) for group in found]
     if norm_groups:
         found, in_parts = _in_norm_groups(unet, found)
+    if depth:
+        found = _with_branches(unet, found)
     for g in found:
         if g.width % g.segments:
             left_alone[g.name] = f"its width {g.width} is no multiple of {g.segments} norm groups or heads"
     return _without(found, left_alone, in_parts)
 
 
-def _traced(unet: Any) -> tuple[Any, list[Any]]:
+def _with_branches(unet: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Return the groups, each with the block whose branch it is the width of, if it is."""
+    branches = find_branches(unet)
+    found = []
+    for group in groups:
+        sides = [f"{member.module}.{member.side}" for member in group.members]
+        branch = branch_of(branches, (member.module for member in group.members), sides)
+        found.append(replace(group, branch=branch.block) if branch is not None else group)
+    return found
+
+
+def _layers_for_constants(modules: Mapping[Any, str]) -> dict[Any, nn.Module]:
+    """Return, for what is left of each block that went before, a layer to trace in the place of its constant."""
+    found: dict[Any, nn.Module] = {}
+    for module in modules:
+        if isinstance(module, Removed):
+            width = len(module.bias)
+            kind = nn.Linear(width, width) if module.alone else nn.Conv2d(width, width, 1)
+            found[module] = kind.to("meta")
+    return found
+
+
+@contextmanager
+def _branches_again(constants: Mapping[Any, nn.Module]) -> Iterator[None]:
+    """Let each constant be what a layer gives of what passes by: DepGraph loses its way at bare parameters."""
+    for removed, layer in constants.items():
+        removed.traced, removed.constant = layer, layer.__call__
+    try:
+        yield
+    finally:
+        for removed in constants:
+            del removed.traced, removed.constant
+
+
+def _traced(unet: Any, constants: Mapping[Any, nn.Module]) -> tuple[Any, list[Any]]:
     """Return DepGraph's graph of a network and its groups. Raises a DpctlError for a network that does not run."""
     import torch_pruning
 
     graph = torch_pruning.DependencyGraph()
     inputs = unet_arguments(example_inputs(unet))
-    with torch.enable_grad(), warnings.catch_warnings(), _plain_resampling(), _differentiable(unet):
+    with (
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+        _plain_resampling(),
+        _differentiable(unet),
+        _branches_again(constants),
+    ):
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(unet, inputs, output_transform=lambda output: output.sample, verbose=False)
@@ -190,8 +240,13 @@ def _resampled(tensor: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: 
     return nn.functional.interpolate(tensor, size=size)
 
 
-def _members(graph: Any, group: Any, order: dict[Any, str]) -> tuple[tuple[Member, ...], str | None]:
-    """Return a group's members, and the reason why it must be left alone, if there is one."""
+def _members(
+    graph: Any, group: Any, order: Mapping[Any, str], left: Mapping[str, str]
+) -> tuple[tuple[Member, ...], str | None]:
+    """Return a group's members, and the reason why it must be left alone, if there is one.
+
+    `left` has the block of each last layer whose constant is left.
+    """
     members = []
     for item in group:
         module = item.dep.target.module
@@ -208,7 +263,10 @@ def _members(graph: Any, group: Any, order: dict[Any, str]) -> tuple[tuple[Membe
         side = OUT if graph.is_out_channel_pruning_fn(item.dep.handler) else IN
         if (order[module], side) == ("time_embedding.linear_1", IN):
             return (), "it is added to the timestep's sinusoid, whose width is fixed"
-        members.append(Member(order[module], side, tuple(item.idxs), tuple(item.root_idxs)))
+        if order[module] in left and side == IN:
+            continue  # a constant reads nothing
+        name = left.get(order[module], order[module])
+        members.append(Member(name, side, tuple(item.idxs), tuple(item.root_idxs)))
     return tuple(members), None
 
 

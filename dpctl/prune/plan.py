@@ -21,7 +21,7 @@ class Span:
 
     `block` contiguous channels (a head, a norm group) stay or go together; where that is more than one, there is one
     segment. A width is a multiple of `unit` besides. Fractions are of the width `base` where that is given: the
-    unpruned one.
+    unpruned one. An `optional` group may go altogether, and goes with the groups that it is `within`.
     """
 
     name: str
@@ -30,6 +30,8 @@ class Span:
     unit: int = 1
     block: int = 1
     base: int | None = None
+    optional: bool = False
+    within: tuple[str, ...] = ()
 
     @property
     def whole(self) -> int:
@@ -43,12 +45,14 @@ class Span:
     def widths(self, align: int) -> tuple[int, ...]:
         """Return every allowed width, ascending."""
         step = self.step(align)
-        return (*range(step, self.width, step), self.width)
+        return (*((0,) if self.optional else ()), *range(step, self.width, step), self.width)
 
     def narrower(self, width: int, align: int) -> int:
         """Return the next allowed width below `width`, or `width` itself where that is the last step."""
         step = self.step(align)
-        return max(step, (width - 1) // step * step) if width > step else width
+        if width > step:
+            return max(step, (width - 1) // step * step)
+        return 0 if self.optional else width
 
     def wider(self, width: int, align: int) -> int:
         """Return the next allowed width above `width`, or `width` itself where that is all there is."""
@@ -68,7 +72,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer costs: MACs = positions * kernel * in * out, parameters = kernel * in * out + vectors * out."""
+    """What one layer costs: MACs = positions * kernel * in * out, parameters = kernel * in * out + vectors * out.
+
+    Nothing, where one of the groups that it `needs` is gone.
+    """
 
     name: str
     positions: int
@@ -76,11 +83,20 @@ class Layer:
     inputs: Side
     outputs: Side
     vectors: int
+    needs: tuple[str, ...] = ()
+
+    def is_gone(self, widths: Mapping[str, int]) -> bool:
+        """Tell whether the branch that the layer is in is gone."""
+        return any(widths[group] == 0 for group in self.needs)
 
     def macs(self, widths: Mapping[str, int]) -> int:
+        if self.is_gone(widths):
+            return 0
         return self.positions * self.kernel * self.inputs.width(widths) * self.outputs.width(widths)
 
     def params(self, widths: Mapping[str, int]) -> int:
+        if self.is_gone(widths):
+            return 0
         out = self.outputs.width(widths)
         return self.kernel * self.inputs.width(widths) * out + self.vectors * out
 
@@ -99,6 +115,20 @@ class Network:
     def alike(self) -> dict[str, list[float]]:
         """Return scores under which every channel is worth the same: only the number of them matters."""
         return {span.name: [1.0] * span.width for span in self.spans}
+
+    def closed(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Return the widths with those at 0, too, that are within a group that goes."""
+        within = {span.name: span.within for span in self.spans}
+        return {name: 0 if any(widths[outer] == 0 for outer in within[name]) else n for name, n in widths.items()}
+
+    @cached_property
+    def inside(self) -> dict[str, list[Span]]:
+        """The groups within each group that may go with everything in it."""
+        found: dict[str, list[Span]] = {}
+        for span in self.spans:
+            for outer in span.within:
+                found.setdefault(outer, []).append(span)
+        return found
 
     def cost(self, measure: str, widths: Mapping[str, int]) -> int:
         """Return the whole network's ``"macs"``, ``"params"`` or ``"channels"`` at these widths."""
@@ -119,7 +149,7 @@ class Network:
     def _touched(self) -> dict[str, list[Layer]]:
         touched: dict[str, list[Layer]] = {}
         for layer in self.layers:
-            for name in {*layer.inputs.repeats, *layer.outputs.repeats}:
+            for name in {*layer.inputs.repeats, *layer.outputs.repeats, *layer.needs}:
                 touched.setdefault(name, []).append(layer)
         return touched
 
@@ -172,8 +202,7 @@ def widths_for_target(
     Raises a DpctlError for a target that is met already or out of reach, and for NaN scores.
     """
     check_finite(network, scores)
-    least = {s.name: width_at(s, 1.0 - floor, align) if scope == "global" else s.step(align) for s in network.spans}
-    least = {span.name: min(span.width, least[span.name]) for span in network.spans}
+    least = {span.name: _least(span, floor if scope == "global" else 0.0, align) for span in network.spans}
     _check_reach(network, measure, budget, align, least, unpruned)
     if not comparable or scope == "local":
         scores = {name: [value / (sum(values) or 1.0) for value in values] for name, values in scores.items()}
@@ -182,6 +211,11 @@ def widths_for_target(
     else:
         widths = _smallest_uniform(network, measure, budget, align)
     return _give_back(network, scores, measure, budget, align, widths)
+
+
+def _least(span: Span, floor: float, align: int) -> int:
+    """Return the narrowest width that leaves the fraction `floor` of a group."""
+    return width_at(span, 1.0 - floor, align) if floor else span.widths(align)[0]
 
 
 def _check_reach(
@@ -243,7 +277,7 @@ def _take_away(
         narrower = span.narrower(widths[span.name], align)
         if narrower == widths[span.name] or narrower < least[span.name]:
             return None
-        lost = _importance(span, scores, widths[span.name]) - _importance(span, scores, narrower)
+        lost = _importance(network, span, scores, widths[span.name]) - _importance(network, span, scores, narrower)
         return lost / max(1, -network.change(measure, widths, span.name, narrower)), span.name, narrower
 
     heap = [entry for span in network.spans if (entry := step_down(span))]
@@ -280,7 +314,7 @@ def _give_back(
         wider = span.wider(widths[span.name], align)
         if wider == widths[span.name]:
             return None
-        gained = _importance(span, scores, wider) - _importance(span, scores, widths[span.name])
+        gained = _importance(network, span, scores, wider) - _importance(network, span, scores, widths[span.name])
         return -gained / max(1, network.change(measure, widths, span.name, wider)), span.name, wider
 
     heap = [entry for span in network.spans if (entry := step_up(span))]
@@ -296,8 +330,10 @@ def _give_back(
     return widths
 
 
-def _importance(span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
-    """Return the importance that a group keeps at a width."""
+def _importance(network: Network, span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
+    """Return the importance that a group keeps at a width: what is within it goes with it, and is lost too."""
+    if width == 0:
+        return -math.fsum(math.fsum(scores[inner.name]) for inner in network.inside.get(span.name, ()))
     values = scores[span.name]
     return math.fsum(values[channel] for channel in best(span, values, width))
 
@@ -317,8 +353,12 @@ def best(span: Span, scores: Sequence[float], width: int) -> tuple[int, ...]:
 
 
 def select(network: Network, scores: Mapping[str, Sequence[float]], widths: Mapping[str, int]) -> PruningPlan:
-    """Return the plan that keeps the best-scored channels at these widths. Raises a DpctlError on NaN scores."""
+    """Return the plan that keeps the best-scored channels at these widths; what is within a group that goes goes too.
+
+    Raises a DpctlError on NaN scores.
+    """
     check_finite(network, scores)
+    widths = network.closed(widths)
     return PruningPlan({span.name: best(span, scores[span.name], widths[span.name]) for span in network.spans})
 
 

@@ -3,7 +3,7 @@
 Nothing of the original is changed: the kept slices are copied into a pruned class of the same family.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dpctl import pruned_unet
 from dpctl.cost import example_inputs
 from dpctl.errors import DpctlError
 from dpctl.models import build_unet
+from dpctl.prune.branches import Branch, gone
 from dpctl.prune.groups import Groups
 from dpctl.prune.importance import slices
 from dpctl.prune.plan import PruningPlan
@@ -23,17 +24,25 @@ Kept = dict[str, Tensor]
 
 
 def kept_indices(unet: Any, groups: Groups, plan: PruningPlan) -> Kept:
-    """Return ``"<module>.<side>"`` -> positions of that side that stay, ascending, for every side that shrinks."""
-    gone: dict[str, set[int]] = {}
+    """Return ``"<module>.<side>"`` -> positions of that side that stay, ascending, for every side that shrinks.
+
+    Of a branch that goes the input of the last layer has none; its block has the positions of what passes by.
+    """
+    taken: dict[str, set[int]] = {}
     for group in groups.prunable:
         staying = set(plan.keep[group.name])
         for member in group.members:
             removed = {i for i, channel in zip(member.index, member.channel, strict=True) if channel not in staying}
-            gone.setdefault(f"{member.module}.{member.side}", set()).update(removed)
+            taken.setdefault(f"{member.module}.{member.side}", set()).update(removed)
     kept = {}
-    for key, removed in gone.items():
+    for key, removed in taken.items():
         if removed:
             kept[key] = torch.tensor([i for i in range(_size(unet, key)) if i not in removed], dtype=torch.int64)
+    for branch in gone(unet, kept):
+        marks = {f"{branch.last}.in": kept[f"{branch.last}.in"]}
+        if f"{branch.last}.out" in kept:
+            marks[f"{branch.block}.out"] = kept[f"{branch.last}.out"]
+        kept = {key: index for key, index in kept.items() if not branch.holds(key.rpartition(".")[0])} | marks
     return kept
 
 
@@ -46,14 +55,18 @@ def slim(unet: Any, kept: Kept, stock: dict[str, Any] | None = None, whole: Coll
     to_q.
     """
     small = build_unet(stock) if stock is not None else _free(unet, kept, whole)
-    state = dict(unet.state_dict())
+    removed = gone(unet, kept)
+    state = _without_branches(unet, small, kept, removed)
     for key, index in kept.items():
         name, _, side = key.rpartition(".")
+        if any(branch.holds(name) for branch in removed):
+            continue
         for parameter, dimension in slices(unet.get_submodule(name), side):
             full = f"{name}.{parameter}"
             state[full] = state[full].index_select(dimension, index.to(state[full].device))
+    there = {name for name, _ in small.named_modules()}
     for name, module in unet.named_modules():
-        factor = temperature(unet, small, name)
+        factor = temperature(unet, small, name) if name in there else 1.0
         for parameter, _ in module.named_parameters() if factor != 1.0 else ():
             state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"] * factor
     small.load_state_dict(state)
@@ -81,11 +94,28 @@ def head_width(unet: Any, to_q: str) -> float:
 def _free(unet: Any, kept: Kept, whole: Collection[str]) -> Any:
     """Return the pruned class of the network's family with the widths that `kept` leaves and weights yet to come."""
     channels = dict(getattr(unet.config, "channels", None) or {})
+    removed = gone(unet, kept)
+    for branch in removed:
+        left = kept.get(f"{branch.block}.out", range(_size(unet, f"{branch.last}.out")))
+        channels = {name: w for name, w in channels.items() if not branch.holds(name)} | {branch.block: [0, len(left)]}
     for name in sorted({key.rpartition(".")[0] for key in kept}):
-        channels |= _entries(unet, name, kept, channels, f"{name}.out" in whole)
+        if not any(branch.holds(name) for branch in removed):
+            channels |= _entries(unet, name, kept, channels, f"{name}.out" in whole)
     base = getattr(unet.config, "base_config", None) or {k: v for k, v in unet.config.items() if not k.startswith("_")}
     kind = getattr(pruned_unet, PRUNED + type(unet).__name__.removeprefix(PRUNED))
     return kind(base_config=dict(base), channels={name: list(w) for name, w in channels.items()})
+
+
+def _without_branches(unet: Any, small: Any, kept: Kept, removed: Sequence[Branch]) -> dict[str, Tensor]:
+    """Return the tensors of a network, and of branches that go the kept part of the last bias, by the block's name."""
+    state = dict(unet.state_dict())
+    for branch in removed:
+        bias = state[f"{branch.last}.bias"]
+        if f"{branch.block}.out" in kept:
+            bias = bias[kept[f"{branch.block}.out"].to(bias.device)]
+        state = {name: value for name, value in state.items() if not branch.holds(name.rpartition(".")[0])}
+        state[f"{branch.block}.bias"] = bias.reshape(small.get_submodule(branch.block).bias.shape)
+    return state
 
 
 def _entries(unet: Any, name: str, kept: Kept, earlier: Mapping[str, Any], whole: bool) -> dict[str, list[int]]:
@@ -108,9 +138,9 @@ def regrouped(unet: Any, small: Any, kept: Kept) -> dict[str, float]:
     Two tensors that are concatenated and shrink by different fractions move the boundaries of the groups. Groups that
     moved up because whole ones before them went are the same.
     """
-    found = {}
+    found, there = {}, {name for name, _ in small.named_modules()}
     for name, norm in unet.named_modules():
-        if not isinstance(norm, nn.GroupNorm) or f"{name}.out" not in kept:
+        if not isinstance(norm, nn.GroupNorm) or f"{name}.out" not in kept or name not in there:
             continue
         groups, index = small.get_submodule(name).num_groups, kept[f"{name}.out"]
         before = index // (norm.num_channels // norm.num_groups)

@@ -4,7 +4,7 @@ from typing import Any
 
 from dpctl.models import Model
 from dpctl.prune.plan import Network, PruningPlan, check_finite, select, uniform, widths_for_target
-from dpctl.prune.unpruned import refer, unpruned_costs
+from dpctl.prune.unpruned import named_as_before, refer, unpruned_costs
 from dpctl.recipe import PruneRecipe
 
 
@@ -16,8 +16,8 @@ def trace(source: Model, recipe: PruneRecipe) -> tuple[Any, Any, Any]:
 
     # The stock class has no other head width.
     whole_heads = recipe.heads or recipe.layout == "stock"
-    found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups)
-    groups = restrict(found, recipe.keep, recipe.only)
+    found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups, depth=recipe.depth)
+    groups = restrict(named_as_before(found, source), recipe.keep, recipe.only)
     levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
     network = describe(source.unet, groups)
     return groups, refer(network, source) if recipe.fractions_of == "unpruned" else network, levels

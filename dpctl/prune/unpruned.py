@@ -5,7 +5,9 @@ from typing import Any
 
 from dpctl import cost
 from dpctl.models import Model, build_unet
+from dpctl.prune.groups import OUT, ChannelGroup, Groups
 from dpctl.prune.plan import Network
+from dpctl.pruned_unet import Removed, widths
 from dpctl.signature import PRUNED
 
 
@@ -23,10 +25,11 @@ def unpruned_widths(source: Model, network: Network) -> dict[str, int]:
     full, recorded, base = network.full(), _recorded(source), _base(source.unet)
     if recorded or base is None:
         return {name: recorded.get(name, [width])[0] for name, width in full.items()}
-    from dpctl.pruned_unet import widths
-
-    # A group may be a part of its layer's outputs (GEGLU's value and gate are one), the same part before and after.
-    now, before = ({name: widths(unet.get_submodule(name))[-1] for name in full} for unet in (source.unet, base))
+    # A group may be a part of its layer's outputs (GEGLU's value and gate are one), the same part before and after. The
+    # layer may be gone, with the branch that it ends.
+    there = dict(source.unet.named_modules())
+    before = {name: widths(base.get_submodule(name))[-1] for name in full}
+    now = {name: widths(there[name])[-1] if name in there else width for name, width in full.items()}
     return {name: width * before[name] // now[name] for name, width in full.items()}
 
 
@@ -34,6 +37,19 @@ def refer(network: Network, source: Model) -> Network:
     """Return the network with its fractions referring to the unpruned widths."""
     before = unpruned_widths(source, network)
     return replace(network, spans=tuple(replace(span, base=before[span.name]) for span in network.spans))
+
+
+def named_as_before(groups: Groups, source: Model) -> Groups:
+    """Return the groups by the names that they had in an earlier cut: the layer of the name may be gone since."""
+    recorded = _recorded(source)
+
+    def named(group: ChannelGroup) -> ChannelGroup:
+        outputs = {member.module for member in group.members if member.side == OUT}
+        left = {name: source.unet.get_submodule(name) for name in outputs}
+        outputs |= {f"{name}.{module.last}" for name, module in left.items() if isinstance(module, Removed)}
+        return replace(group, name=next((name for name in recorded if name in outputs), group.name))
+
+    return replace(groups, prunable=tuple(named(group) for group in groups.prunable)) if recorded else groups
 
 
 def earlier_cuts(source: Model) -> dict[str, list[int]]:
