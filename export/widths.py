@@ -7,7 +7,7 @@ They are derived by following every shape through the graph, at its own widths a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count
 from typing import Any
 
@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from dpctl.errors import DpctlError
+from export.branches import take_out
 from export.precision import PRECISIONS
 from export.shapes import INSTEAD, Shapes, aimed_at, node_shapes, underivable
 
@@ -35,10 +36,13 @@ STATISTICS = "InstanceNormalization"
 def rewiden(model: ir.Model, unet: nn.Module, axes: Mapping[str, int]) -> None:
     """Replace the initializers of `model`, a graph of the same layers as `unet`, by the tensors of `unet`, in place.
 
+    Branches that `unet` has lost go first.
+
     `axes` gives a length to every dynamic axis but the batch. Raises a DpctlError for a network of other layers, a
     constant that depends on widths in a way that is not known, and weights that the graph's precision cannot hold.
     """
-    _Rewidening(model, unet, {"batch": BATCH, **axes}).run()
+    out = take_out(model, unet)
+    _Rewidening(model, unet, {"batch": BATCH, **axes}).run(out)
 
 
 class _Rewidening:
@@ -60,7 +64,8 @@ class _Rewidening:
         self.lengths: dict[int, ir.Value] = {}
         self.taken = {str(node.name) for node in self.graph} | set(self.graph.initializers)
 
-    def run(self) -> None:
+    def run(self, out: Collection[str] = ()) -> None:
+        """Go over the graph; of the modules `out` nothing is there that would need their tensors."""
         for node in list(self.graph):
             read = list(node.inputs)
             for number, value in enumerate(read):
@@ -73,7 +78,11 @@ class _Rewidening:
             self.new.follow(proto, node, list(node.inputs))
             self._declare(node)
         RemoveUnusedNodesPass()(self.model)  # shapes that nothing is of any more
-        unused = [name for name, value in self.parameters.items() if id(value) not in self.used]
+        unused = [
+            name
+            for name, value in self.parameters.items()
+            if id(value) not in self.used and name.rpartition(".")[0] not in out
+        ]
         if unused:
             got = f"{unused[0]} has no place in the graph; {len(unused)} tensors have none"
             raise DpctlError("the network is not of the graph's layers", got, INSTEAD)

@@ -45,7 +45,8 @@ class Exports:
         self._source = replace(source, directory=unet_directory(source.directory)) if alone else source
         self._folder, self._made = folder, 0
         self._whole, self._backend = folder / "unpruned", recipe.latency.backend
-        self.groups, self.network, _ = trace(source, recipe)
+        # Branches may be gone, whether or not this recipe takes any: a latency model knows of them.
+        self.groups, self.network, _ = trace(source, replace(recipe, depth=True))
         config, wanted = {**source.unet.config, "_class_name": type(source.unet).__name__}, recipe.latency
         self.threads = wanted.threads or torch.get_num_threads()
         self.size = sample_size(source.unet.config)

@@ -92,10 +92,13 @@ def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, st
     for layer in network.layers:
         sides = [[rounded(side.width(s.widths), step) for s in samples] for side in (layer.inputs, layer.outputs)]
         a, b = (np.array(side, dtype=float) for side in sides)
-        if not layer.positions:  # a norm
+        there = np.array([not layer.is_gone(sample.widths) for sample in samples]) & (b > 0)
+        if layer.positions:
+            there &= a > 0
+        else:  # a norm
             a = np.zeros_like(b)
-        there = np.array([not layer.is_gone(sample.widths) for sample in samples], dtype=float)
         times = np.array([sample.layers.get(layer.name, 0.0) for sample in samples])
+        # A layer of a branch that is gone takes no time, whatever a profiler puts down to it.
         features = np.stack([np.ones_like(a), a, b, a * b], 1) * there[:, None]
         found, residual = _nonnegative(features, times * there, weights)
         base, per_input, per_output, per_product = found

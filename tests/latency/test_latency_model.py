@@ -31,15 +31,26 @@ LAYERS = (
     Layer("last", 100, 9, side("d", "c"), side(fixed=3), 1),
 )
 NETWORK = Network(SPANS, LAYERS)
+# A residual branch over c, with a norm that only it reads.
+BRANCHED = Network(
+    (*SPANS, Span("e", 64, 4, optional=True)),
+    (
+        *LAYERS,
+        Layer("before", 0, 0, Side(0), side("c"), 2, needs=("e",)),
+        Layer("into", 50, 9, side("c"), side("e"), 1, needs=("e",)),
+        Layer("back", 50, 9, side("e"), side("c"), 1),
+    ),
+)
 
 
-def took(widths: dict[str, int], noise: Any = None, step: int = 8) -> Sample:
+def took(widths: dict[str, int], noise: Any = None, step: int = 8, network: Network = NETWORK) -> Sample:
     """Return what a machine would say whose kernels work in blocks, with a constant part and some noise."""
     layers = {}
-    for layer in LAYERS:
+    there = [x for x in network.layers if not x.is_gone(widths) and (x.inputs.width(widths) or not x.positions)]
+    for layer in there:
         a, b = (-(-s.width(widths) // step) * step for s in (layer.inputs, layer.outputs))
         layers[layer.name] = 1e-5 + 2e-9 * layer.positions * layer.kernel * a * b + 1e-7 * b
-    layers["first.activation"] = 3e-5 + 1e-8 * sum(x.positions * x.outputs.width(widths) for x in LAYERS)
+    layers["first.activation"] = 3e-5 + 1e-8 * sum(x.positions * x.outputs.width(widths) for x in there)
     layers[""] = 2e-5
     if noise is not None:
         layers = {name: value * noise.lognormal(0.0, 0.05) for name, value in layers.items()}
@@ -69,6 +80,17 @@ def test_a_network_without_a_branch_does_not_pay_for_it() -> None:
     gone = model.predict(NETWORK.full() | {"d": 0})
     inner = next(term for term in model.terms if term.name == "inner")
     assert gone < model.predict(NETWORK.full() | {"d": 4}) - inner.base / 2
+
+
+def test_branches_that_are_gone_are_predicted_like_other_widths() -> None:
+    whole, networks = BRANCHED.full(), stratified(BRANCHED, 30, 0)
+    assert sum(widths["e"] == 0 for widths in networks) == 3
+    assert all(width > 0 for widths in networks for name, width in widths.items() if name != "e")
+    model = fit(BRANCHED, [took(widths, network=BRANCHED) for widths in [whole, *networks]])
+    assert accuracy(model, [took(w, network=BRANCHED) for w in stratified(BRANCHED, 20, 1)]).worst_error < 0.01
+    # None of the branch's layers is paid for any more, the norm before it neither.
+    terms = {term.name: term.cost(whole | {"e": 0}) for term in model.terms}
+    assert (terms["before"], terms["into"], terms["back"]) == (0.0, 0.0, 0.0)
 
 
 def test_samples_cover_the_range_and_every_group_on_its_own() -> None:
