@@ -252,8 +252,8 @@ def widths(directory: Path) -> dict[str, list[int]]:
     [
         (8, 0.5, {"1", "2", "3"}),
         (16, 0.5, {"2"}),  # 64 channels become 64, 48, 48, 32 and 32 channels 32, 32, 32, 16
-        (16, 0.7, {"1", "3"}),  # the third round lands on the last one's widths
-        (32, 0.6, set()),
+        pytest.param(16, 0.7, {"1", "3"}, marks=pytest.mark.slow),  # the third round lands on the last one's widths
+        pytest.param(32, 0.6, set(), marks=pytest.mark.slow),
     ],
 )
 def test_a_ratio_in_rounds_leaves_the_widths_of_one_cut(

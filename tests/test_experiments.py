@@ -44,6 +44,7 @@ def test_every_arm_is_asked_for_and_is_a_recipe_that_can_be_run() -> None:
         assert tune.steps == script.TRAINED // (5 if arm.endswith("twice") else 10)
 
 
+@pytest.mark.slow
 def test_an_arm_is_made_once_and_goes_on_from_its_checkpoint(
     lab: script.Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

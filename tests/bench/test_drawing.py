@@ -76,6 +76,7 @@ def assert_same(out: Path, alone: Path) -> None:
         assert (ours == theirs).all()
 
 
+@pytest.mark.slow
 def test_one_process_draws_all(alone: Path) -> None:
     assert read_result(alone / "bench.json").environment["samples_drawn_by"] == [2 * COUNT]
     assert [path.name for path in alone.iterdir() if path.name.startswith(".")] == []
@@ -104,6 +105,7 @@ def test_the_first_draws_what_another_could_not(
     assert "process 1 could not draw its share, the first one does:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_subject_that_dies_while_it_draws_leaves_nobody_waiting(
     together: Callable[..., BenchResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,6 +248,7 @@ def test_statistics_that_belong_elsewhere_are_refused(network: Network, archive:
         open_space(network(), str(tmp_path / "nan.npz"), SHAPE, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_benchmark_uses_the_network_of_its_recipe(network: Network, tiny: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "grey.npz", images=pictures(7, 60, channels=1))
     recipe = BenchRecipe(

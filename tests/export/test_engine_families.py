@@ -69,6 +69,7 @@ def test_an_engine_of_dynamic_size_is_built(
     assert [shape[2:] for shape in about.profile["sample"]] == [[8, 8], [16, 16], [32, 32]]
 
 
+@pytest.mark.slow
 def test_half_precision_is_what_the_graph_says(families: dict[str, Callable[[], Any]], tmp_path: Path) -> None:
     _, engine, about = built(families["ldm"](), tmp_path, "fp16")
     assert dtypes(engine)["CONVOLUTION"] == {"HALF"}

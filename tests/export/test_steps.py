@@ -88,7 +88,7 @@ def test_an_existing_output_is_refused_before_anything_runs(
         cli_export.export_in_steps(model_of(plain), tmp_path / "out", RECIPE)
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_gate_that_is_not_met_exits_3(dpctl: Callable[..., Any], plain: Any, tmp_path: Path, keep: bool) -> None:
     model = load_model(model_of(plain))
     with torch.no_grad():

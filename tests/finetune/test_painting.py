@@ -56,7 +56,10 @@ def weights(directory: Path) -> bytes:
     return next((directory / "unet").glob("diffusion*.safetensors")).read_bytes()
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("sd", "quantized") else ()) for name in PIPELINES],
+)
 def test_a_sheet_is_what_the_pipelines_draw_and_the_training_does_not_notice(
     saved_pipeline: Callable[[str], Path],
     photos: Path,

@@ -155,6 +155,7 @@ def test_what_one_process_began_two_go_on_with(
     close(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path, training: Callable[..., TrainRecipe]) -> None:
     asked = options(training(), "config", "steps", "batch_size")
     done = subprocess.run(
@@ -193,7 +194,9 @@ def test_fp16_without_a_gpu_is_refused() -> None:
 # --- asked to stop -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_asked_to_stop_it_leaves_a_checkpoint_and_the_command_to_go_on(
     tmp_path: Path, training: Callable[..., TrainRecipe], stopping: Any, number: int, code: int
 ) -> None:

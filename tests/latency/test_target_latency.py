@@ -176,6 +176,7 @@ def test_a_pruned_model_is_timed_against_the_unpruned_one(
     assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
 
 
+@pytest.mark.slow
 def test_the_real_clock_refuses_what_no_machine_can_do(
     toy_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

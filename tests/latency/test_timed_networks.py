@@ -13,6 +13,7 @@ from dpctl.recipe import LatencyRecipe, PruneRecipe
 ANY = Precision(enough=100.0, too_wide=float("inf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [pytest.param("unet", marks=pytest.mark.slow), "image"])
 def test_a_text_pipeline_is_timed_narrow_beside_whole(
     saved_pipeline: Callable[[str], Path], tmp_path: Path, of: str

@@ -25,6 +25,10 @@ NAMES = (
 # So little ridge that the fit is exact, and not so little that single precision fails.
 EXACT = 1e-5
 Families = dict[str, Callable[..., Any]]
+# The widest toy takes as long as all the others together.
+family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "ncsnpp" else ()) for name in NAMES]
+)
 
 
 def inputs(unet: Any, count: int = 64, seed: int = 1) -> dict[str, Tensor]:
@@ -108,7 +112,7 @@ def odd_channels_repeat(unet: Any) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
-@pytest.mark.parametrize("name", NAMES)
+@family
 def test_copies_of_channels_that_stay_are_made_up_for(
     families: Families, monkeypatch: pytest.MonkeyPatch, name: str, wide: bool
 ) -> None:
@@ -147,7 +151,7 @@ def test_queries_keep_the_softmax_temperature(toy_unet: Any, monkeypatch: pytest
     torch.testing.assert_close(seen[1], 0.5**0.5 * seen[0][..., ::2], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@family
 def test_a_random_cut_comes_nearer_to_every_family(families: Families, name: str) -> None:
     unet = families[name]()
     small, kept = cut(unet, halves(unet))

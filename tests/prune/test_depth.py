@@ -28,9 +28,10 @@ from dpctl.pruned_unet import Removed, _require_fitting
 from dpctl.recipe import PruneRecipe
 from dpctl.signature import unet_arguments
 
-NAMES = (
-    *("ddpm", "ldm", "class-conditional", "ncsnpp", "resnet-resampling", "scale-shift"),
-    *("stable-diffusion", "sdxl", "inpainting", "latent-consistency"),
+NAMES: tuple[Any, ...] = ("ddpm", "ldm", "resnet-resampling", "scale-shift", "stable-diffusion", "sdxl")
+NAMES += tuple(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("class-conditional", "ncsnpp", "inpainting", "latent-consistency")
 )
 DEEP = PruneRecipe(criterion="magnitude", target_macs=0.1, scope="global", depth=True, align=1)
 Families = dict[str, Callable[..., Any]]
