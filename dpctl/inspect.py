@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dpctl import artifact, bars, parity, recorded, units
+from dpctl import artifact, asked, bars, parity, recorded, units
 from dpctl.artifact import Manifest
 
 # Of a list that may have a hundred entries so many are printed; all are in the manifest and with --json.
@@ -123,20 +123,11 @@ def _latency(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
     found = stats.get("latency")
     if not found:
         return
-    asked = found["asked"]
-    what = "a call of the network" if asked["of"] == "unet" else f"images in {asked['num_inference_steps']} steps"
-    size = "x".join(map(str, asked["size"]))
-    where = f"{asked['backend']}, {asked['precision']}, {asked['batch_size']} images ({asked['rows']} rows) of {size}"
-    yield "latency asked", f"{asked['target']} of {what}: {asked['share']:.3f} on {where}"
-    for number, build in enumerate(found["builds"]):
-        told = [f"predicted {build['predicted']:.3f}"] if "predicted" in build else []
-        if "ratio" in build:
-            took = f"{units.seconds(build['latency_s'])} of {units.seconds(build['baseline_latency_s'])}"
-            told += [f"{build['ratio']:.3f} [{build['low']:.3f}, {build['high']:.3f}], {took}"]
-        else:
-            told += ["by a model of another machine, not measured"]
-        told += ["chosen"] if number == found["chosen"] else []
-        yield f"at {units.percent(build['macs'])} MACs", ", ".join(told)
+    yield "latency asked", asked.goal(found)
+    for macs, predicted, measured, chosen in asked.candidates(found):
+        told = [f"predicted {predicted}"] if predicted else []
+        told += [measured or "by a model of another machine, not measured", *(["chosen"] if chosen else [])]
+        yield f"at {macs} MACs", ", ".join(told)
 
 
 def _surgery(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from dpctl.bench.light import fraction
 from dpctl.bench.metrics import Figure
 from runtime.layers import LayerTime
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 EAGER = "eager"
 # Backends that do not compute the whole network at every call, and those that run the model's own weights exactly.
 INEXACT = frozenset({"deepcache"})
@@ -73,7 +73,7 @@ class Model:
     """One model as it is on disk; MACs are of one forward pass at batch 1, attention's products beside them.
 
     `widths` has (before, after) of every group, and `sensitivity` the scan, as far as the manifest tells.
-    `module_macs` are the MACs by module path.
+    `module_macs` are the MACs by module path, `latency` what pruning asked of it and what its candidates took.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Model:
     widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sensitivity: dict[str, Any] | None = None
     module_macs: dict[str, int] = field(default_factory=dict)
+    latency: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def _describe(name: str, source: str, directory: Path) -> Model:
         widths={name: tuple(pair) for name, pair in stats.get("widths", {}).items()},
         sensitivity=stats.get("sensitivity"),
         module_macs=by_module,
+        latency=stats.get("latency"),
     )
 
 

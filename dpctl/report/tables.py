@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from dpctl import units
+from dpctl import asked, units
 from dpctl.bench.compare import Estimate, Percentiles
 from dpctl.bench.metrics import Figure
 from dpctl.bench.result import (
@@ -61,7 +61,11 @@ class LayerTimes(Protocol):
 def tables(result: BenchResult, layers: Mapping[str, Iterable[LayerTimes]] | None = None) -> list[Table]:
     """Return the tables that have lines; `layers` has by subject those to be told one by one."""
     found = [speed(result).without("peak memory"), quality(result), time(result), memory(result), models(result)]
-    found += [saving(result), *(layer_table(name, rows) for name, rows in (layers or {}).items())]
+    found += [
+        latency_targets(result),
+        saving(result),
+        *(layer_table(name, rows) for name, rows in (layers or {}).items()),
+    ]
     return [table for table in found if table.rows]
 
 
@@ -276,6 +280,20 @@ def memory(result: BenchResult) -> Table:
 
 def _bytes(value: int | None) -> str:
     return "-" if value is None else units.bytes_(value)
+
+
+def latency_targets(result: BenchResult) -> Table:
+    """Return the table of what pruning was asked of a latency, and of the candidates for it."""
+    found = {model.name: model.latency for model in result.models if model.latency is not None}
+    rows = tuple(
+        (name, macs, predicted or "-", measured or "not measured", "chosen" if chosen else "")
+        for name, told in found.items()
+        for macs, predicted, measured, chosen in asked.candidates(told)
+    )
+    headings = ("model", "MACs", "predicted", "measured", "")
+    goals = "; ".join(f"{name}: {asked.goal(told)}" for name, told in found.items())
+    note = f"Shares of the unpruned model's latency, when it was pruned. Asked: {goals}."
+    return Table("Latency asked of pruning", headings, rows, note)
 
 
 def saving(result: BenchResult) -> Table:

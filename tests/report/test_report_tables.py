@@ -164,3 +164,19 @@ def test_the_precisions_are_told(make_result: Make) -> None:
     first, *others = result.subjects
     mixed = dataclasses.replace(result, subjects=(dataclasses.replace(first, precision="bf16"), *others))
     assert f"In bf16: {first.name}. In fp32: {others[0].name}" in tables.speed(mixed).note
+
+
+def test_what_was_asked_of_a_latency_stands_beside_what_came_of_it(make_result: Make) -> None:
+    asked = {"target": "0.5", "of": "unet", "backend": "ort", "precision": "fp32", "batch_size": 1, "rows": 1}
+    timed = {"ratio": 0.509, "low": 0.503, "high": 0.512, "latency_s": 0.0051, "baseline_latency_s": 0.01}
+    builds = [{"macs": 0.6}, {"macs": 0.444, "predicted": 0.5, **timed}]
+    told = {"asked": {**asked, "size": [28, 28], "share": 0.5}, "chosen": 1, "builds": builds}
+    assert tables.latency_targets(make_result()).rows == ()
+    models = make_result().models
+    found = tables.latency_targets(make_result(models=(models[0], dataclasses.replace(models[1], latency=told))))
+    name = models[1].name
+    assert found.rows == (
+        (name, "60.0 %", "-", "not measured", ""),
+        (name, "44.4 %", "0.500", "0.509 [0.503, 0.512], 5.1 ms of 10 ms", "chosen"),
+    )
+    assert "0.5 of a call of the network: 0.500 on ort, fp32, 1 images (1 rows) of 28x28" in found.note
