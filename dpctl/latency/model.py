@@ -42,7 +42,7 @@ class LatencyModel:
 
     def predict(self, widths: Mapping[str, int]) -> float:
         """Return what a network of these widths takes, in seconds."""
-        return self.constant_s + sum(term.cost(widths) for term in self.terms)
+        return float(self.constant_s + sum(term.cost(widths) for term in self.terms))
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ class Prediction:
 
     def foretell(self, scored: Scored, recipe: PruneRecipe, share: float) -> Build:
         """Return the candidate that is predicted to take a share of the unpruned network's latency, at most."""
-        plan = plan_within(scored, recipe, self.model, share * self.baseline_s)
+        plan, stock = plan_within(scored, recipe, self.model, share * self.baseline_s)
         macs = scored.network.cost("macs", plan.widths()) / unpruned_costs(scored.source)["macs"]
-        return Build(Candidate(plan, None, macs), None, self.model.predict(plan.widths()) / self.baseline_s)
+        return Build(Candidate(plan, stock, macs), None, self.model.predict(plan.widths()) / self.baseline_s)
 
 
 def open_prediction(wanted: LatencyRecipe, source: Model, exports: Exports) -> Prediction | None:
@@ -59,6 +59,7 @@ def correct(
     with bar("latency", 1 + CORRECTIONS) as advance:
         for _ in range(1 + CORRECTIONS):
             foretold = prediction.foretell(scored, recipe, target)
+            assert foretold.predicted is not None
             if any(foretold.candidate.widths == each.candidate.widths for each in builds):
                 break
             builds.append(timed(foretold.candidate, exports, clock, foretold.predicted))
@@ -66,5 +67,6 @@ def correct(
             advance(1)
             if abs(builds[-1].share / share - 1.0) <= CLOSE:
                 break
-            target *= share / builds[-1].share
+            # What was predicted of these widths, not what was asked: a staircase may end far below that.
+            target = share * foretold.predicted / builds[-1].share
     return builds

@@ -1,6 +1,7 @@
 """The widths that keep the most importance within a predicted latency."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,23 +10,39 @@ from dpctl.latency.model import LatencyModel
 from dpctl.prune import Scored
 from dpctl.prune.allocation import Choice, allocate
 from dpctl.prune.plan import PruningPlan, Span, select, width_at
+from dpctl.prune.target import plan_levels
 from dpctl.recipe import PruneRecipe
+from dpctl.units import seconds
 
 
-def plan_within(scored: Scored, recipe: PruneRecipe, model: LatencyModel, budget_s: float) -> PruningPlan:
+def plan_within(
+    scored: Scored, recipe: PruneRecipe, model: LatencyModel, budget_s: float
+) -> tuple[PruningPlan, dict[str, Any] | None]:
     """Return the plan with the most importance whose predicted latency is at most `budget_s`.
 
-    Raises a DpctlError with the floor for a budget below it, and for what plans otherwise.
+    In the layout `stock` with the result's config. Raises a DpctlError with the floor for a budget below it, and for
+    what plans otherwise.
     """
     if scored.levels is not None:
-        todo = "leave --latency-model out: without it the target is met by candidates that are timed"
-        raise DpctlError("a latency model plans every group by itself", "--layout stock", todo)
+        return plan_levels(
+            scored.source,
+            scored.network,
+            scored.scores,
+            scored.levels,
+            recipe.align,
+            model.predict,
+            budget_s,
+            lambda floor, whole: (
+                f"{seconds(budget_s)} of {seconds(whole)} predicted; the floor",
+                f"{seconds(floor)} ({floor / whole:.3f} of it)",
+            ),
+        )
     if recipe.scope == "local":
         todo = "leave --scope or --latency-model out"
         raise DpctlError("a latency model ranks all groups together", "--scope local", todo)
     choices = [_choice(span, scored, recipe) for span in scored.network.spans]
     widths = allocate(choices, model.terms, budget_s - model.constant_s)
-    return select(scored.network, scored.scores, widths)
+    return select(scored.network, scored.scores, widths), None
 
 
 def _choice(span: Span, scored: Scored, recipe: PruneRecipe) -> Choice:

@@ -17,7 +17,7 @@ from torch import nn
 from dpctl.errors import DpctlError
 from dpctl.models import build_unet
 from dpctl.prune.groups import Groups
-from dpctl.prune.plan import Network, Side, Span, as_option
+from dpctl.prune.plan import Network, Side, Span
 from dpctl.pruned_unet import widths
 
 # So many plans are priced in about a second.
@@ -144,35 +144,37 @@ def tied(network: Network, scores: Mapping[str, Sequence[float]], levels: Levels
 def search(
     network: Network,
     scores: Mapping[str, Sequence[float]],
-    measure: str,
+    price: Callable[[dict[str, int]], float],
     budget: float,
     align: int,
     expresses: Callable[[dict[str, int]], bool],
-    unpruned: float | None = None,
 ) -> dict[str, int]:
     """Return the widths of the levels that keep the most importance within the budget and that the class can have.
 
-    Networks have few levels of different widths, so every combination is looked at. Raises a DpctlError where none
-    fits, with the floor as a fraction of `unpruned`, by default of this network.
+    `price` is what a network of these widths costs. Networks have few levels of different widths, so every combination
+    is looked at. Raises `BelowFloor` where none fits.
     """
     while math.prod(len(span.widths(align)) for span in network.spans) > COMBINATIONS:
         align *= 2
     kept = {s.name: {w: math.fsum(scores[s.name][:w]) for w in s.widths(align)} for s in network.spans}
     combinations = [dict(zip(kept, found, strict=True)) for found in itertools.product(*kept.values())]
-    costs = [network.cost(measure, found) for found in combinations]
+    costs = [price(found) for found in combinations]
     fitting = [found for found, cost in zip(combinations, costs, strict=True) if cost <= budget]
     fitting.sort(key=lambda found: -math.fsum(kept[name][width] for name, width in found.items()))
     chosen = next((found for found in fitting if expresses(found)), None)
     if chosen is None:
         by_cost = sorted(zip(costs, combinations, strict=True), key=lambda pair: pair[0])
         floor = next((cost for cost, found in by_cost if cost > budget and expresses(found)), costs[-1])
-        option = as_option(measure, floor, costs[-1], unpruned or costs[-1])
-        raise DpctlError(
-            "the target cannot be reached in the layout stock",
-            f"{measure} {budget:.0f} of {costs[-1]}; the floor with align {align} is {floor} ({option})",
-            "ask for the floor or more, lower --align, or use --layout free",
-        )
+        raise BelowFloor(floor, costs[-1], align)
     return chosen
+
+
+class BelowFloor(Exception):
+    """No widths that the class can have are within a budget: `floor` is the least cost beyond it, of the `whole`."""
+
+    def __init__(self, floor: float, whole: float, align: int) -> None:
+        super().__init__(floor, whole, align)
+        self.floor, self.whole, self.align = floor, whole, align
 
 
 def _unit(span: Span, tie: Tie) -> int:

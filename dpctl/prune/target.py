@@ -1,9 +1,11 @@
 """Recipe + scores -> PruningPlan: which costs a target means, and which widths meet it in either layout."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dpctl.errors import DpctlError
 from dpctl.models import Model
-from dpctl.prune.plan import Network, PruningPlan, check_finite, select, uniform, widths_for_target
+from dpctl.prune.plan import Network, PruningPlan, as_option, check_finite, select, uniform, widths_for_target
 from dpctl.prune.unpruned import named_as_before, refer, unpruned_costs
 from dpctl.recipe import PruneRecipe
 
@@ -31,7 +33,7 @@ def plan_for(
     check_finite(network, scores)
     if levels is None:
         return select(network, scores, _widths(network, scores, recipe, unpruned, comparable)), None
-    from dpctl.prune.layout import search, tied
+    from dpctl.prune.layout import tied
 
     small, shared = tied(network, scores, levels)
     # A ratio allows what its own plan costs; which widths the class can have is another matter.
@@ -39,15 +41,55 @@ def plan_for(
     budget = _budget(recipe, unpruned, measure) or small.cost(
         measure, _widths(small, shared, recipe, unpruned, comparable)
     )
-    chosen = search(
-        small,
-        shared,
-        measure,
-        budget,
+    return plan_levels(
+        source,
+        network,
+        scores,
+        levels,
         recipe.align,
-        lambda found: levels.expresses(source.unet, found),
-        unpruned=unpruned[measure],
+        lambda widths: network.cost(measure, widths),
+        budget,
+        lambda floor, whole: (
+            f"{measure} {budget:.0f} of {whole:.0f}; the floor",
+            f"{floor:.0f} ({as_option(measure, floor, whole, unpruned[measure])})",
+        ),
     )
+
+
+def plan_levels(
+    source: Model,
+    network: Network,
+    scores: Mapping[str, Sequence[float]],
+    levels: Any,
+    align: int,
+    price: Callable[[dict[str, int]], float],
+    budget: float,
+    told: Callable[[float, float], tuple[str, str]],
+) -> tuple[PruningPlan, dict[str, Any]]:
+    """Return the plan of the layout `stock` that keeps the most importance within a budget, and its config.
+
+    `price` is what widths of the groups cost. Raises a DpctlError where nothing fits: `told` says the floor and the
+    whole network's cost, in words around the alignment.
+    """
+    from dpctl.prune.layout import BelowFloor, search, tied
+
+    small, shared = tied(network, scores, levels)
+    try:
+        chosen = search(
+            small,
+            shared,
+            lambda found: price(levels.group_widths(found)),
+            budget,
+            align,
+            lambda found: levels.expresses(source.unet, found),
+        )
+    except BelowFloor as problem:
+        before, after = told(problem.floor, problem.whole)
+        raise DpctlError(
+            "the target cannot be reached in the layout stock",
+            f"{before} with align {problem.align} is {after}",
+            "ask for the floor or more, lower --align, or use --layout free",
+        ) from None
     return select(network, scores, levels.group_widths(chosen)), levels.stock_config(chosen)
 
 

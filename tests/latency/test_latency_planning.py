@@ -15,6 +15,7 @@ from dpctl.latency.build import Exports
 from dpctl.latency.clock import Clock, Timed
 from dpctl.latency.document import read_profile
 from dpctl.latency.profile import profile
+from dpctl.models import read_config
 from dpctl.recipe import LatencyRecipe, PruneRecipe
 from runtime.layers import LayerTime
 
@@ -157,12 +158,29 @@ def test_a_model_of_another_machine_plans_and_says_so(
         profile(str(toy_pipeline), latency_file, LatencyRecipe(threads=1), networks=16, resume=True)
 
 
+def test_levels_are_planned_within_a_predicted_latency_too(
+    toy_pipeline: Path, tmp_path: Path, latency_file: Path
+) -> None:
+    recipe = by_model(latency_file, "0.7", layout="stock", align=1)
+    manifest = chain.prune(str(toy_pipeline), tmp_path / "out", recipe)
+    found = manifest.stats["latency"]
+    chosen = found["builds"][found["chosen"]]
+    assert chosen["predicted"] <= 0.7
+    assert chosen["ratio"] == pytest.approx(chosen["predicted"], rel=0.05)
+    assert len(found["builds"]) == 1  # its next width is beyond the target
+    assert manifest.stats["macs"] < manifest.stats["unpruned"]["macs"]
+    assert read_config(tmp_path / "out")["_class_name"] == "UNet2DModel"
+
+
 def test_what_a_model_cannot_plan_is_refused(toy_pipeline: Path, tmp_path: Path, latency_file: Path) -> None:
     asked = {
         "below the floor": (by_model(latency_file, "0.01"), "floor|budget|reached"),
         "another model": (by_model(latency_file), "another model"),
         "local": (by_model(latency_file, scope="local"), "ranks all groups together"),
-        "stock": (by_model(latency_file, layout="stock", align=2), "plans every group by itself"),
+        "stock": (
+            by_model(latency_file, "0.01", layout="stock", align=2),
+            "reached in the layout stock(.|\n)*the floor",
+        ),
         "image": (
             replace(by_model(latency_file), latency=LatencyRecipe("0.5", of="image", model=str(latency_file))),
             "of calls of the network",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dpctl.errors import DpctlError
 from dpctl.models import load_model
 from dpctl.prune import prune
 from dpctl.prune.groups import find_groups, is_inner
-from dpctl.prune.layout import find_levels, search
+from dpctl.prune.layout import BelowFloor, find_levels, search
 from dpctl.prune.plan import Layer, Network, Side, Span
 from dpctl.prune.surgery import slim
 from dpctl.recipe import PruneRecipe
@@ -141,17 +142,18 @@ def test_of_all_widths_within_the_budget_those_of_most_importance_are_taken() ->
     layers = tuple(Layer(name, 1, 1, Side(1), Side(0, {name: 1}), 0) for name in ("level 1", "level 2"))
     network = Network((Span("level 1", 8, 1), Span("level 2", 8, 1)), layers)
     scores = {"level 1": [8.0, 7, 6, 5, 4, 3, 2, 1], "level 2": [3.25] * 8}
-    assert search(network, scores, "macs", 10, 1, lambda _: True) == {"level 1": 5, "level 2": 5}
+    price = partial(network.cost, "macs")
+    assert search(network, scores, price, 10, 1, lambda _: True) == {"level 1": 5, "level 2": 5}
     # Not the best where the class cannot have it, and none where it can have none.
-    second = search(network, scores, "macs", 10, 1, lambda found: found["level 1"] != 5)
+    second = search(network, scores, price, 10, 1, lambda found: found["level 1"] != 5)
     assert second == {"level 1": 6, "level 2": 4}
-    with pytest.raises(
-        DpctlError, match=r"reached in the layout stock\n.*the floor with align 1 is 16 \(nothing can go\)"
-    ):
-        search(network, scores, "macs", 10, 1, lambda _: False)
+    with pytest.raises(BelowFloor) as caught:
+        search(network, scores, price, 10, 1, lambda _: False)
+    assert (caught.value.floor, caught.value.whole) == (16, 16)
     # The floor is the least that the class can have.
-    with pytest.raises(DpctlError, match=r"the floor with align 1 is 12 \(--target-macs 0.751\)"):
-        search(network, scores, "macs", 10, 1, lambda found: sum(found.values()) in (12, 14))
+    with pytest.raises(BelowFloor) as caught:
+        search(network, scores, price, 10, 1, lambda found: sum(found.values()) in (12, 14))
+    assert caught.value.floor == 12
 
 
 def test_a_group_hangs_on_one_level(families: Families) -> None:
