@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
-.PHONY: help setup check test test-extras test-all demo evidence long-run benchmarks rounds before-finetuning loss-defaults latency-front bench bench-scoring bench-train engine-comparison reference clean distclean
+.PHONY: help setup check test test-extras test-all demo evidence long-run benchmarks rounds before-finetuning loss-defaults latency-front latency-share bench bench-scoring bench-train engine-comparison reference clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 20
@@ -116,6 +116,9 @@ loss-defaults: $(STAMP) ## the table of docs/losses.md: losses and timestep samp
 
 latency-front: $(STAMP) ## the table of docs/latency.md: networks of one measured latency; half an hour on a quiet machine, continues
 	$(BIN)/python scripts/latency_front.py --only 0.5 --page docs/latency.md
+
+latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape; an hour on a quiet machine, continues
+	$(BIN)/python scripts/latency_share.py --page docs/latency.md
 
 engine-comparison: $(STAMP) ## the table of docs/export.md: engines of the unpruned and of the slim network, about a minute
 	$(BIN)/python scripts/engine_comparison.py --page docs/export.md

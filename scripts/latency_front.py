@@ -38,7 +38,10 @@ TUNED = FinetuneRecipe(steps=100, mixed_precision="bf16")
 METHODS: dict[str, dict[str, Any]] = {
     "one ratio for all groups": {"align": 16, "scope": "local"},
     "most importance within the MACs": {"align": 16, "scope": "global"},
+    "most importance within the MACs, --norm-groups": {"align": 16, "scope": "global", "norm_groups": True},
+    "most importance within the MACs, --depth": {"align": 16, "scope": "global", "depth": True},
     "most importance within the latency": {"align": 1},
+    "most importance within the latency, --depth": {"align": 1, "depth": True},
 }
 BY_MODEL = "most importance within the latency"
 HEADINGS = (
@@ -58,7 +61,7 @@ Entry = dict[str, Any]
 
 def recipe_of(method: str, share: str) -> PruneRecipe:
     """Return the recipe of an arm."""
-    model = str(PROFILE) if method == BY_MODEL else None
+    model = str(PROFILE) if method.startswith(BY_MODEL) else None
     wanted = LatencyRecipe(share, threads=1, model=model)
     return PruneRecipe(latency=wanted, compensate=True, **METHODS[method])
 
@@ -70,7 +73,7 @@ def key_of(method: str, share: str) -> str:
 
 def take(method: str, share: str, gauge: Gauge) -> Entry:
     """Prune, judge, finetune, judge again; return the figures."""
-    if method == BY_MODEL and not read_profile(PROFILE).is_from_here:
+    if method.startswith(BY_MODEL) and not read_profile(PROFILE).is_from_here:
         todo = f"make one here: dpctl profile {MODEL} --out {PROFILE} --threads 1 --held-out 20 --force"
         raise DpctlError("the latency file is of another machine", str(PROFILE), todo)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,148 @@
+"""Say which part of the MACs that go becomes time, and write the table of docs/latency.md: `make latency-share`.
+
+The paper's network for CIFAR-10, with random weights (nobody's images come out of it, and to the time weights do not
+matter), and `reference`, each to half of its latency in ONNX Runtime: by one ratio for all groups, and by a latency
+model of this machine, which is made first. An arm that is in the results file is not made again.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+
+from dpctl import chain, environment, progress
+from dpctl.errors import DpctlError
+from dpctl.latency.profile import profile
+from dpctl.models import write_pipeline
+from dpctl.recipe import LatencyRecipe, PruneRecipe
+from dpctl.units import percent
+from scripts.before_finetuning import make, read, write, write_between
+from scripts.pruning_sizes import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT, WORK = ROOT / "docs" / "latency" / "share.json", ROOT / "build" / "latency-share"
+BEGIN, END = "<!-- latency-share: begin -->", "<!-- latency-share: end -->"
+
+MODELS = {"CIFAR-10": "DDPM, CIFAR-10 32x32", "reference": None}
+BATCHES = (1, 8)
+THREADS, TARGET, NETWORKS, HELD_OUT = 2, "0.5", 20, 6
+# What each way changes; the scores of random weights say nothing, and magnitude needs no data.
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "one ratio for all groups": {"align": 8, "scope": "local"},
+    "by the latency model": {"align": 1},
+    "by the latency model, --depth": {"align": 1, "depth": True, "scope": "global"},
+}
+HEADINGS = ("network", "images", "widths", "measured latency", "MACs", "of the MACs saved, became time")
+
+Entry = dict[str, Any]
+
+
+def model_of(name: str) -> str:
+    """Return a model by its name here; the paper's is made once."""
+    shape = MODELS[name]
+    if shape is None:
+        return name
+    out = WORK / name
+    if not out.exists():
+        out.mkdir(parents=True)
+        torch.manual_seed(0)
+        write_pipeline(out, unet=ARCHITECTURES[shape]().eval(), scheduler=DDPMScheduler())
+    return str(out)
+
+
+def recipe_of(name: str, batch: int, way: str) -> PruneRecipe:
+    """Return the recipe of an arm."""
+    file = str(profile_of(name, batch).relative_to(ROOT)) if way.startswith("by the latency model") else None
+    wanted = LatencyRecipe(TARGET, batch_size=batch, threads=THREADS, model=file)
+    return PruneRecipe("magnitude", latency=wanted, compensate=False, **WAYS[way])
+
+
+def profile_of(name: str, batch: int) -> Path:
+    """Return the latency file of a model."""
+    return WORK / f"{name}, {batch}.json"
+
+
+def take(name: str, batch: int, way: str) -> Entry:
+    """Prune; return what the chosen network took, and its MACs."""
+    recipe, path = recipe_of(name, batch, way), profile_of(name, batch)
+    if recipe.latency is not None and recipe.latency.model:
+        asked = LatencyRecipe(batch_size=batch, threads=THREADS)
+        more: Any = {"networks": NETWORKS, "held_out": HELD_OUT, "resume": True, "bar": progress.bar}
+        told = profile(model_of(name), path, asked, **more).json
+        sys.stderr.write(f"{name}, {batch}: {told}\n")
+    else:
+        told = {}
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = chain.prune(model_of(name), Path(folder) / "slim", recipe)
+    found = manifest.stats["latency"]
+    return {
+        "chosen": found["builds"][found["chosen"]],
+        "builds": found["builds"],
+        "gone": sum(1 for _, kept in manifest.stats["widths"].values() if kept == 0),
+        "model": {name: told[name] for name in ("rank_correlation", "median_error", "worst_error") if name in told},
+        "environment": environment.describe(),
+    }
+
+
+def shares(chosen: Entry) -> list[float]:
+    """Return the part of the MACs saved that became time: its value, and the ends of its interval."""
+    return [(1 - chosen[name]) / (1 - chosen["macs"]) for name in ("ratio", "high", "low")]
+
+
+def cells(entry: Entry) -> list[str]:
+    """Return an arm's figures as text, as HEADINGS name them behind the widths."""
+    chosen = entry["chosen"]
+    value, low, high = shares(chosen)
+    measured = f"{chosen['ratio']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}]"
+    return [measured, percent(chosen["macs"]), f"{value:.2f} [{low:.2f}, {high:.2f}]"]
+
+
+def arms() -> list[tuple[str, int, str]]:
+    """Return (model, batch, way) of every arm."""
+    return [(name, batch, way) for name in MODELS for batch in BATCHES for way in WAYS]
+
+
+def table(done: Mapping[str, Entry]) -> str:
+    """Return the Markdown table of the arms that are done."""
+    rows = [
+        f"| {name} | {batch} | {way} | {' | '.join(cells(done[key]))} |"
+        for name, batch, way in arms()
+        if (key := f"{name}/{batch}/{way}") in done
+    ]
+    return "\n".join([f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *rows, ""]) if rows else ""
+
+
+def main() -> int:
+    """Measure what is missing, print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="the results, which are gone on with")
+    parser.add_argument("--only", action="append", metavar="NAME", help="arms whose name begins so, such as CIFAR-10/1")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page that gets the table between its markers")
+    asked = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    try:
+        document = read(asked.out, 0)
+        done = document["arms"]
+        for name, batch, way in arms():
+            key = f"{name}/{batch}/{way}"
+            if asked.only is None or key.startswith(tuple(asked.only)):
+                taking = partial(take, name, batch, way)
+                make(done, key, recipe_of(name, batch, way), taking, lambda: write(asked.out, document), cells)
+        text = table(done)
+        if asked.page is not None:
+            write_between(asked.page, text, BEGIN, END)
+    except DpctlError as problem:
+        sys.stderr.write(f"{problem}\n")
+        return problem.exit_code
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
