@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dpctl.cost import example_inputs, without_weights
 from dpctl.errors import DpctlError
 from dpctl.models import unet_directory
+from dpctl.pruned_unet import Removed
 from dpctl.signature import PRUNED, unet_arguments
 
 KEPT = "kept.safetensors"
@@ -113,8 +114,8 @@ def match(student: Any, teacher: Any, kept: Kept | None = None, teachers_kept: K
     known = (kept or {}) if _same_base(student, teacher) else {}
     channels = {}
     for name, shape in ours.items():
-        key = f"{_last_layer(student, name)}.out"
-        channels[name] = _positions(known.get(key), (teachers_kept or {}).get(key), shape[0], theirs[name][0])
+        own, other = (f"{_last_layer(network, name)}.out" for network in (student, teacher))
+        channels[name] = _positions(known.get(own), (teachers_kept or {}).get(other), shape[0], theirs[name][0])
     return Features(channels)
 
 
@@ -151,20 +152,24 @@ def _same_base(student: Any, teacher: Any) -> bool:
 
 
 def _last_layer(unet: Any, name: str) -> str:
-    """Return the layer whose outputs are the channels of a block's: of its resampling, else of its last resnet."""
+    """Return the layer whose outputs are the channels of a block's: of its resampling, else of its last resnet.
+
+    Where that has no branch any more, the resnet itself.
+    """
     block = unet.get_submodule(name)
     for resampling in ("resnet_down", "resnet_up"):  # of blocks that carry an image beside
         if hasattr(block, resampling):
-            return f"{name}.{resampling if getattr(block, resampling) is not None else _last_resnet(block)}.conv2"
+            return f"{name}.{resampling}.conv2" if getattr(block, resampling) is not None else _last_resnet(block, name)
     for resamplers in ("downsamplers", "upsamplers"):
         for leaf in ("conv", "Conv2d_0", "conv2") if getattr(block, resamplers, None) is not None else ():
             if isinstance(getattr(getattr(block, resamplers)[-1], leaf, None), nn.Conv2d):
                 return f"{name}.{resamplers}.{len(getattr(block, resamplers)) - 1}.{leaf}"
-    return f"{name}.{_last_resnet(block)}.conv2"
+    return _last_resnet(block, name)
 
 
-def _last_resnet(block: Any) -> str:
-    return f"resnets.{len(block.resnets) - 1}"
+def _last_resnet(block: Any, name: str) -> str:
+    last = f"{name}.resnets.{len(block.resnets) - 1}"
+    return last if isinstance(block.resnets[-1], Removed) else f"{last}.conv2"
 
 
 def _positions(ours: Tensor | None, theirs: Tensor | None, width: int, teachers: int) -> Tensor | None:
