@@ -24,6 +24,8 @@ def layer_times(exports: Exports, widths: dict[str, int]) -> dict[str, float]:
     """Return what a machine would take that does 1e9 MACs a second, in blocks of 4 channels."""
     found = {}
     for layer in exports.network.layers:
+        if layer.is_gone(widths) or (layer.positions and not layer.inputs.width(widths)):
+            continue
         a, b = (-(-side.width(widths) // 4) * 4 for side in (layer.inputs, layer.outputs))
         found[layer.name] = 1e-7 * b + layer.positions * layer.kernel * a * b / 1e9
     return found
@@ -170,6 +172,19 @@ def test_levels_are_planned_within_a_predicted_latency_too(
     assert len(found["builds"]) == 1  # its next width is beyond the target
     assert manifest.stats["macs"] < manifest.stats["unpruned"]["macs"]
     assert read_config(tmp_path / "out")["_class_name"] == "UNet2DModel"
+
+
+def test_whole_branches_go_where_the_latency_is_worth_it(
+    toy_pipeline: Path, tmp_path: Path, latency_file: Path, machine: list[dict[str, int]]
+) -> None:
+    recipe = by_model(latency_file, "0.2", depth=True, scope="global")
+    manifest = chain.prune(str(toy_pipeline), tmp_path / "out", recipe)
+    found = manifest.stats["latency"]
+    chosen = found["builds"][found["chosen"]]
+    assert any(kept == 0 for _, kept in manifest.stats["widths"].values())
+    assert any(width == 0 for width in machine[-1].values())
+    assert chosen["ratio"] == pytest.approx(0.2, rel=0.05)
+    assert chosen["predicted"] == pytest.approx(chosen["ratio"], rel=0.05)
 
 
 def test_what_a_model_cannot_plan_is_refused(toy_pipeline: Path, tmp_path: Path, latency_file: Path) -> None:
