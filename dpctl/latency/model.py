@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from dpctl.prune.plan import Layer, Network, Side
-from dpctl.prune.terms import Term, rounded
+from dpctl.prune.terms import Term, gated, rounded
 
 # Blocks of channels that kernels of processors and tensor cores work in.
 STEPS = (1, 4, 8, 16, 32)
@@ -67,7 +67,9 @@ def fit(network: Network, samples: Sequence[Sample]) -> LatencyModel:
     rest = np.array([sum(t for name, t in sample.layers.items() if name not in known) for sample in samples])
     volumes = np.array([[1.0, _volume(network, sample.widths)] for sample in samples])
     base, per_value = _nonnegative(volumes, rest, weights)[0]
-    terms = [_with_output(term, layer, per_value) for term, layer in zip(terms, network.layers, strict=True)]
+    terms = [
+        gated(_with_output(term, layer, per_value), layer) for term, layer in zip(terms, network.layers, strict=True)
+    ]
     return _calibrated(LatencyModel(tuple(terms), base, step), samples, weights)
 
 
@@ -102,8 +104,7 @@ def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, st
         features = np.stack([np.ones_like(a), a, b, a * b], 1) * there[:, None]
         found, residual = _nonnegative(features, times * there, weights)
         base, per_input, per_output, per_product = found
-        # A norm before a branch has nothing to do without it.
-        inputs = layer.inputs if layer.positions else Side(0, {layer.needs[-1]: 1}) if layer.needs else Side(1)
+        inputs = layer.inputs if layer.positions else Side(1)
         terms.append(Term(layer.name, inputs, layer.outputs, base, per_input, per_output, per_product, step))
         left += residual**2
     return terms, left

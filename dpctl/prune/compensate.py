@@ -186,12 +186,13 @@ def _leave_means(unet: Any, small: Any, kept: Kept, arguments: Mapping[str, Any]
     def leave(branch: Branch) -> Any:
         def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
             flat = (output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output).flatten(0, -2)
-            if f"{branch.block}.out" in kept:
-                flat = flat[:, kept[f"{branch.block}.out"].to(flat.device)]
-            bias = small.get_submodule(branch.block).bias
-            before = float((flat - bias.flatten()).norm() / flat.norm())
+            flat = flat[:, kept[f"{branch.block}.out"].to(flat.device)]
+            bias, size = small.get_submodule(branch.block).bias, float(flat.norm())
+            before = float((flat - bias.flatten()).norm()) / size if size else 0.0
+            if not NO_ERROR <= before < math.inf:
+                return
             bias.copy_(flat.mean(0).reshape(bias.shape))
-            fits[branch.block] = Fit(before, float((flat - bias.flatten()).norm() / flat.norm()))
+            fits[branch.block] = Fit(before, float((flat - bias.flatten()).norm()) / size)
 
         return unet.get_submodule(branch.last).register_forward_hook(hook)
 

@@ -7,7 +7,7 @@ its selector averages the importance over norm groups, which is not the paper's 
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -162,15 +162,17 @@ def _traced(unet: Any, constants: Mapping[Any, nn.Module]) -> tuple[Any, list[An
         return graph, list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
 
 
-def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups:
+def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str], removed: Sequence[str] = ()) -> Groups:
     """Leave alone the groups that a glob of `keep` names, and those that none of `only` names where that is given.
 
-    A glob names a group by any module whose outputs are among its channels. Raises a DpctlError for one that names
-    none.
+    A glob names a group by any module whose outputs are among its channels. No branch goes altogether that holds a
+    module which `keep` names, or a group that is left alone. Raises a DpctlError for a glob that names none; it may be
+    of the blocks `removed`, whose branches went before.
     """
     produced = {g.name: [m.module for m in g.members if m.side == OUT] for g in groups.prunable}
     for pattern in (*keep, *only):
-        if not any(fnmatchcase(module, pattern) for modules in produced.values() for module in modules):
+        known = any(fnmatchcase(module, pattern) for modules in produced.values() for module in modules)
+        if not known and not any(pattern.startswith(f"{block}.") for block in removed):
             near = ", ".join(sorted({name.partition(".")[0] for name in produced}))
             raise DpctlError(
                 "a pattern names no module that can be pruned", repr(pattern), f"give globs over the modules of {near}"
@@ -185,10 +187,19 @@ def restrict(groups: Groups, keep: Sequence[str], only: Sequence[str]) -> Groups
             left_alone[group.name] = f"kept by {kept_by}"
         elif only and named(group, only) is None:
             left_alone[group.name] = "not among those asked for"
-    restricted = _without(groups.prunable, left_alone, groups.in_parts)
+    held = [module for modules in produced.values() for module in modules if any(fnmatchcase(module, p) for p in keep)]
+    held += [g.name for g in groups.prunable if g.name in left_alone]
+    prunable = [replace(g, branch=None) if _holds(g, held) else g for g in groups.prunable]
+    restricted = _without(prunable, left_alone, groups.in_parts)
     if not restricted.prunable:
         raise DpctlError("no group is left to prune", f"keep {list(keep)}, only {list(only)}", "name fewer, or others")
     return restricted
+
+
+def _holds(group: ChannelGroup, modules: Iterable[str]) -> bool:
+    """Tell whether the branch that a group is the width of, if it is, has one of these modules inside."""
+    inside, shortcut = f"{group.branch}.", f"{group.branch}.conv_shortcut"
+    return group.branch is not None and any(name.startswith(inside) and name != shortcut for name in modules)
 
 
 def _without(groups: Sequence[ChannelGroup], left_alone: dict[str, str], in_parts: dict[str, str]) -> Groups:

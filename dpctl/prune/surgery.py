@@ -17,7 +17,7 @@ from dpctl.prune.branches import Branch, gone
 from dpctl.prune.groups import Groups
 from dpctl.prune.importance import slices
 from dpctl.prune.plan import PruningPlan
-from dpctl.pruned_unet import widths
+from dpctl.pruned_unet import LAST, widths
 from dpctl.signature import PRUNED, unet_arguments
 
 Kept = dict[str, Tensor]
@@ -39,9 +39,9 @@ def kept_indices(unet: Any, groups: Groups, plan: PruningPlan) -> Kept:
         if removed:
             kept[key] = torch.tensor([i for i in range(_size(unet, key)) if i not in removed], dtype=torch.int64)
     for branch in gone(unet, kept):
+        whole = torch.arange(_size(unet, f"{branch.last}.out"))
         marks = {f"{branch.last}.in": kept[f"{branch.last}.in"]}
-        if f"{branch.last}.out" in kept:
-            marks[f"{branch.block}.out"] = kept[f"{branch.last}.out"]
+        marks[f"{branch.block}.out"] = kept.get(f"{branch.last}.out", whole)
         kept = {key: index for key, index in kept.items() if not branch.holds(key.rpartition(".")[0])} | marks
     return kept
 
@@ -96,8 +96,8 @@ def _free(unet: Any, kept: Kept, whole: Collection[str]) -> Any:
     channels = dict(getattr(unet.config, "channels", None) or {})
     removed = gone(unet, kept)
     for branch in removed:
-        left = kept.get(f"{branch.block}.out", range(_size(unet, f"{branch.last}.out")))
-        channels = {name: w for name, w in channels.items() if not branch.holds(name)} | {branch.block: [0, len(left)]}
+        left = len(kept[f"{branch.block}.out"])
+        channels = {name: w for name, w in channels.items() if not branch.holds(name)} | {branch.block: [0, left]}
     for name in sorted({key.rpartition(".")[0] for key in kept}):
         if not any(branch.holds(name) for branch in removed):
             channels |= _entries(unet, name, kept, channels, f"{name}.out" in whole)
@@ -111,8 +111,7 @@ def _without_branches(unet: Any, small: Any, kept: Kept, removed: Sequence[Branc
     state = dict(unet.state_dict())
     for branch in removed:
         bias = state[f"{branch.last}.bias"]
-        if f"{branch.block}.out" in kept:
-            bias = bias[kept[f"{branch.block}.out"].to(bias.device)]
+        bias = bias[kept[f"{branch.block}.out"].to(bias.device)]
         state = {name: value for name, value in state.items() if not branch.holds(name.rpartition(".")[0])}
         state[f"{branch.block}.bias"] = bias.reshape(small.get_submodule(branch.block).bias.shape)
     return state
@@ -156,8 +155,24 @@ def compose(parent: Kept | None, kept: Kept) -> Kept:
     """Return kept positions relative to the base model, where the pruned model was itself pruned from `parent`."""
     if not parent:
         return kept
-    both = {key: parent[key][index] if key in parent else index for key, index in kept.items()}
-    return parent | both
+    before = dict(parent)
+    for block, last in _blocks_gone(kept):
+        # What passes by was known by the branch's last layer; of what was inside nothing is left to know.
+        passing = before.get(f"{block}.{last}.out")
+        shortcut = f"{block}.conv_shortcut."
+        inside = [key for key in before if key.startswith(f"{block}.") and not key.startswith(shortcut)]
+        before = {key: index for key, index in before.items() if key not in inside}
+        if passing is not None:
+            before[f"{block}.out"] = passing
+    return before | {key: before[key][index] if key in before else index for key, index in kept.items()}
+
+
+def _blocks_gone(kept: Kept) -> list[tuple[str, str]]:
+    """Return (block, last layer in it) of the branches that a cut takes, by what it keeps."""
+    ends = [key.removesuffix(".in") for key, index in kept.items() if key.endswith(".in") and len(index) == 0]
+    return [
+        (name.removesuffix(f".{last}"), last) for name in ends for last in LAST.values() if name.endswith(f".{last}")
+    ]
 
 
 def _size(unet: Any, key: str) -> int:

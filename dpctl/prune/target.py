@@ -7,6 +7,7 @@ from dpctl.errors import DpctlError
 from dpctl.models import Model
 from dpctl.prune.plan import Network, PruningPlan, as_option, check_finite, select, uniform, widths_for_target
 from dpctl.prune.unpruned import named_as_before, refer, unpruned_costs
+from dpctl.pruned_unet import Removed
 from dpctl.recipe import PruneRecipe
 
 
@@ -19,7 +20,8 @@ def trace(source: Model, recipe: PruneRecipe) -> tuple[Any, Any, Any]:
     # The stock class has no other head width.
     whole_heads = recipe.heads or recipe.layout == "stock"
     found = find_groups(source.unet, heads=whole_heads, norm_groups=recipe.norm_groups, depth=recipe.depth)
-    groups = restrict(named_as_before(found, source), recipe.keep, recipe.only)
+    removed = [name for name, module in source.unet.named_modules() if isinstance(module, Removed)]
+    groups = restrict(named_as_before(found, source), recipe.keep, recipe.only, removed)
     levels = find_levels(source.unet, groups) if recipe.layout == "stock" else None
     network = describe(source.unet, groups)
     return groups, refer(network, source) if recipe.fractions_of == "unpruned" else network, levels

@@ -3,9 +3,9 @@
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dpctl.prune.plan import Network, Side
+from dpctl.prune.plan import Layer, Network, Side
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,30 @@ class Choice:
         return max(range(len(self.widths)), key=lambda i: (self.worth[i], i))
 
 
+def gated(term: Term, layer: Layer) -> Term:
+    """Return the term of a layer with a fixed input as one that is gone with the branch that it is in.
+
+    Its input becomes the branch's own width, of which only counts whether there is any: the price at the fixed input
+    goes over into the other coefficients.
+    """
+    branches = [name for name in layer.needs if name not in term.outputs.repeats]
+    if not branches or term.inputs.repeats:
+        return term
+    a = rounded(term.inputs.fixed, term.step)
+    base, per_output = term.base + term.per_input * a, term.per_output + term.per_product * a
+    gate = Side(0, {branches[-1]: 1})
+    return replace(term, inputs=gate, base=base, per_output=per_output, per_input=0.0, per_product=0.0)
+
+
 def terms_of(network: Network, measure: str) -> list[Term]:
     """Return the network's ``"macs"`` or ``"params"`` as terms; layers that cost nothing of it are left out."""
     terms = []
     for layer in network.layers:
         product = layer.kernel * (layer.positions if measure == "macs" else 1)
         vectors = layer.vectors if measure == "params" else 0
-        # The inputs of a norm, or of a layer that is all vectors, are no side of its own.
-        inputs = layer.inputs if product and (layer.inputs.fixed or layer.inputs.repeats) else layer.outputs
+        # A norm, or a layer that is all vectors, has no inputs of its own.
+        inputs = layer.inputs if product and (layer.inputs.fixed or layer.inputs.repeats) else Side(1)
         product = product if inputs is layer.inputs else 0
         if product or vectors:
-            terms.append(Term(layer.name, inputs, layer.outputs, per_output=vectors, per_product=product))
+            terms.append(gated(Term(layer.name, inputs, layer.outputs, per_output=vectors, per_product=product), layer))
     return terms

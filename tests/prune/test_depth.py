@@ -20,10 +20,11 @@ from dpctl.prune import check, prune
 from dpctl.prune.adapters import slice_lora
 from dpctl.prune.branches import Branch, find_branches
 from dpctl.prune.compensate import compensate
-from dpctl.prune.groups import Groups, find_groups
+from dpctl.prune.groups import Groups, find_groups, restrict
 from dpctl.prune.network import describe
 from dpctl.prune.plan import Network, PruningPlan, select, widths_for_target
 from dpctl.prune.surgery import compose, kept_indices, slim
+from dpctl.prune.terms import terms_of
 from dpctl.pruned_unet import Removed, _require_fitting
 from dpctl.recipe import PruneRecipe
 from dpctl.signature import unet_arguments
@@ -111,13 +112,66 @@ def test_what_is_left_is_cut_again(families: Families, name: str) -> None:
     assert priced(twice, net, last.widths())
     removed = {n: m for n, m in twice.named_modules() if isinstance(m, Removed)}
     assert len(removed) >= len(first)
-    # Positions are those of the base: the constant is that part of the base's own.
+    # Positions are those of the base, whichever cut took the branch: the constant is that part of the base's own.
     both = compose(kept, later)
     for block, left in removed.items():
-        if block in {group.branch for group in groups.prunable if group.name in first}:
-            bias = unet.get_submodule(branch(unet, block).last).bias
-            whole = bias if f"{block}.out" not in both else bias[both[f"{block}.out"]]
-            assert torch.equal(left.bias.flatten(), whole)
+        bias = unet.get_submodule(branch(unet, block).last).bias
+        assert torch.equal(left.bias.flatten(), bias[both[f"{block}.out"]])
+
+
+def test_positions_are_the_bases_where_the_stream_narrowed_before_the_branch_went(toy_unet: Any) -> None:
+    groups, network = traced(toy_unet)
+    stream = next(g.name for g in groups.prunable if any(m.module == "mid_block.resnets.1.conv2" for m in g.members))
+    inner = next(group.name for group in groups.prunable if group.branch == "mid_block.resnets.1")
+    once, kept, _ = without(toy_unet, groups, network, **{stream: 32})
+    again, net = traced(once)
+    for narrower in (32, 16):
+        twice, later, _ = without(once, again, net, **{stream: narrower, inner: 0})
+        both = compose(kept, later)
+        bias = toy_unet.mid_block.resnets[1].conv2.bias
+        assert torch.equal(twice.mid_block.resnets[1].bias.flatten(), bias[both["mid_block.resnets.1.out"]])
+        assert {key for key in both if key.startswith("mid_block.resnets.1.")} == {
+            "mid_block.resnets.1.conv2.in",
+            "mid_block.resnets.1.out",
+        }
+
+
+@pytest.mark.parametrize(
+    ("keep", "only", "stays"),
+    [
+        ((), (), False),
+        (("*.attn1.to_q",), (), True),  # an attention inside
+        (("mid_block.attentions.0.transformer_blocks.0.norm2",), (), True),
+        ((), ("mid_block.attentions.0.proj_in",), True),  # its attentions are left alone
+        (("conv_in",), (), False),
+    ],
+)
+def test_a_branch_with_something_to_keep_in_it_stays(
+    families: Families, keep: tuple[str, ...], only: tuple[str, ...], stays: bool
+) -> None:
+    groups = restrict(find_groups(families["stable-diffusion"](), depth=True), keep, only)
+    assert ("mid_block.attentions.0" not in {group.branch for group in groups.prunable}) is stays
+
+
+def test_a_branch_that_went_may_still_be_named(families: Families) -> None:
+    groups = find_groups(families["ddpm"]())
+    with pytest.raises(DpctlError, match="names no module"):
+        restrict(groups, ("mid_block.resnets.7.conv1",), ())
+    restrict(groups, ("mid_block.resnets.7.conv1",), (), ("mid_block.resnets.7",))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "stable-diffusion", "sdxl"])
+def test_terms_charge_nothing_for_what_is_in_a_branch_that_is_gone(families: Families, name: str) -> None:
+    """Keys and values of words have an input of their own, and norms the one that passes by."""
+    _, network = traced(families[name]())
+    for span in network.spans:
+        if span.optional:
+            widths = network.full() | {span.name: 0}
+            closed = network.closed(widths)
+            assert sum(term.cost(widths) for term in terms_of(network, "macs")) == network.cost("macs", closed)
+            left = sum(term.cost(widths) for term in terms_of(network, "params"))
+            last = [layer for layer in network.layers if layer.vectors and not layer.inputs.width(closed)]
+            assert left <= network.cost("params", closed) <= left + sum(layer.params(closed) for layer in last)
 
 
 def test_a_transformer_goes_with_everything_in_it(families: Families) -> None:
@@ -129,7 +183,10 @@ def test_a_transformer_goes_with_everything_in_it(families: Families) -> None:
     small, kept, plan = without(unet, groups, network, **{outer.name: 0})
     assert all(plan.keep[name] == () for name in (outer.name, *inner))
     assert not any("mid_block.attentions.0." in name for name in small.state_dict() if not name.endswith(".bias"))
-    assert [key for key in kept if key.startswith("mid_block.attentions.0")] == ["mid_block.attentions.0.proj_out.in"]
+    assert {key for key in kept if key.startswith("mid_block.attentions.0")} == {
+        "mid_block.attentions.0.proj_out.in",
+        "mid_block.attentions.0.out",
+    }
     assert priced(small, network, plan.widths())
 
 
@@ -179,6 +236,16 @@ def test_the_constant_becomes_the_mean_of_what_the_branch_added(families: Famili
         output = seen[block].movedim(1, -1) if seen[block].ndim == 4 else seen[block]
         torch.testing.assert_close(small.get_submodule(block).bias.flatten(), output.flatten(0, -2).mean(0))
         assert fits[block].after < fits[block].before
+
+
+def test_a_branch_that_added_nothing_leaves_no_figure(toy_unet: Any) -> None:
+    groups, network = traced(toy_unet)
+    last = toy_unet.mid_block.resnets[0].conv2
+    last.weight.data.zero_()
+    last.bias.data.zero_()
+    name = next(group.name for group in groups.prunable if group.branch == "mid_block.resnets.0")
+    small, kept, _ = without(toy_unet, groups, network, **{name: 0})
+    assert "mid_block.resnets.0" not in compensate(toy_unet, small, kept, inputs(toy_unet, 16))
 
 
 @pytest.fixture(scope="module")
