@@ -52,7 +52,8 @@ def _choice(span: Span, scored: Scored, recipe: PruneRecipe) -> Choice:
     widths = tuple(width for width in span.widths(recipe.align) if width >= least)
     kept = importances(span, values)
     # What is within a group goes with it.
-    kept[0] = -sum(sum(_in_one_unit(inner, scored)) for inner in scored.network.inside.get(span.name, ()))
+    inside = scored.network.inside.get(span.name, ())
+    kept[0] = -sum(sum(_in_one_unit(inner, scored)) for inner in inside) - span.removal
     return Choice(span.name, widths, tuple(float(kept[width // (span.segments * span.block)]) for width in widths))
 
 

@@ -125,10 +125,11 @@ def prune_unet(
 def score(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no_bar) -> Scored:
     """Score the channels of `source` by the recipe's criterion. Raises a DpctlError for what it cannot score."""
     from dpctl.diffusion import trained_schedule
+    from dpctl.prune import removal
     from dpctl.prune.attached import require_plain
     from dpctl.prune.compensate import BATCHES, compensates
     from dpctl.prune.importance import Scoring
-    from dpctl.prune.probe import open_images, require_fed
+    from dpctl.prune.probe import open_images, open_probe, require_fed
 
     require_plain(source.unet)
     criterion = registry.load(CRITERIA, recipe.criterion, "criterion")
@@ -143,6 +144,10 @@ def score(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no
         require_fed(source, *UNFITTED)
     scoring = Scoring(source.unet, groups.prunable, scheduler, images, recipe, bar)
     scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
+    if recipe.depth and criterion.COMPARABLE and images is not None:
+        size, seed = {"count": removal.IMAGES, "timesteps": removal.TIMESTEPS}, recipe.seed
+        probe = open_probe(source.unet, scheduler, images, **size, seed=seed, stream="branches")
+        network = removal.with_removals(network, source.unet, groups, scores, probe, recipe.align, bar)
     return Scored(
         source, recipe, groups, network, levels, scores, scheduler, images, most, criterion.COMPARABLE, refits
     )

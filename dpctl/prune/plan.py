@@ -21,7 +21,8 @@ class Span:
 
     `block` contiguous channels (a head, a norm group) stay or go together; where that is more than one, there is one
     segment. A width is a multiple of `unit` besides. Fractions are of the width `base` where that is given: the
-    unpruned one. An `optional` group may go altogether, and goes with the groups that it is `within`.
+    unpruned one. An `optional` group may go altogether, and goes with the groups that it is `within`; `removal` is the
+    importance that is lost then beside its channels'.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Span:
     base: int | None = None
     optional: bool = False
     within: tuple[str, ...] = ()
+    removal: float = 0.0
 
     @property
     def whole(self) -> int:
@@ -333,7 +335,8 @@ def _give_back(
 def _importance(network: Network, span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
     """Return the importance that a group keeps at a width: what is within it goes with it, and is lost too."""
     if width == 0:
-        return -math.fsum(math.fsum(scores[inner.name]) for inner in network.inside.get(span.name, ()))
+        inside = math.fsum(math.fsum(scores[inner.name]) for inner in network.inside.get(span.name, ()))
+        return -inside - span.removal
     values = scores[span.name]
     return math.fsum(values[channel] for channel in best(span, values, width))
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from dpctl.prune.compensate import compensate
 from dpctl.prune.groups import Groups, find_groups, restrict
 from dpctl.prune.network import describe
 from dpctl.prune.plan import Network, PruningPlan, select, widths_for_target
+from dpctl.prune.removal import with_removals
 from dpctl.prune.surgery import compose, kept_indices, slim
 from dpctl.prune.terms import terms_of
 from dpctl.pruned_unet import Removed, _require_fitting
@@ -246,6 +248,31 @@ def test_a_branch_that_added_nothing_leaves_no_figure(toy_unet: Any) -> None:
     name = next(group.name for group in groups.prunable if group.branch == "mid_block.resnets.0")
     small, kept, _ = without(toy_unet, groups, network, **{name: 0})
     assert "mid_block.resnets.0" not in compensate(toy_unet, small, kept, inputs(toy_unet, 16))
+
+
+def test_a_branch_is_worth_what_the_loss_says_of_it(toy_unet: Any) -> None:
+    """Its channels' scores are those of all others here: alone they would say that each branch is worth the same."""
+    unet = toy_unet
+    groups, network = traced(unet)
+    names = {group.branch: group.name for group in groups.prunable}
+    dear, idle = names["up_blocks.1.resnets.1"], names["mid_block.resnets.0"]
+    with torch.no_grad():
+        unet.up_blocks[1].resnets[1].conv2.weight *= 4
+        unet.mid_block.resnets[0].conv2.weight.zero_()
+    # An untrained network has no loss that a cut would raise: the distance to itself is one.
+    whole = run(unet)
+    probe: Any = SimpleNamespace(loss=lambda other: 1.0 + float((run(other) - whole).square().mean()))
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    scores = network.alike()
+    found = with_removals(network, unet, groups, scores, probe, 8)
+    removal = {span.name: span.removal for span in found.spans}
+    assert removal[idle] == 0.0
+    assert removal[dear] == max(removal.values()) > 64
+    assert all(removal[span.name] == 0.0 for span in network.spans if not span.optional)
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    budget = 0.1 * network.cost("macs", network.full())
+    plain, weighed = (widths_for_target(each, scores, "macs", budget, 8) for each in (network, found))
+    assert (plain[dear], weighed[dear] > 0) == (0, True)
 
 
 @pytest.fixture(scope="module")
