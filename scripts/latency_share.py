@@ -31,7 +31,7 @@ BEGIN, END = "<!-- latency-share: begin -->", "<!-- latency-share: end -->"
 
 MODELS = {"CIFAR-10": "DDPM, CIFAR-10 32x32", "reference": None}
 BATCHES = (1, 8)
-THREADS, TARGET, NETWORKS, HELD_OUT = 2, "0.5", 20, 6
+THREADS, TARGET, NETWORKS, HELD_OUT = 2, "0.5", 12, 3
 # What each way changes; the scores of random weights say nothing, and magnitude needs no data.
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "one ratio for all groups": {"align": 8, "scope": "local"},
