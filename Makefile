@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 	$(if $(findstring gpu,$(EXTRAS)),--constraint constraints-gpu.txt)
 # The networks of the tests are too small for more than one thread; a file stays in one process, and shares what it made.
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
+	$(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: help setup check test test-extras test-all demo evidence long-run benchmarks rounds before-finetuning loss-defaults latency-front latency-share bench bench-scoring bench-train engine-comparison reference clean distclean
 
