@@ -58,7 +58,7 @@ check: $(STAMP) ## lint, format, types, import layers, sizes, Dockerfile
 	echo "[check] hadolint"
 	$(BIN)/hadolint Dockerfile
 
-test: $(STAMP) ## the tests: CPU, no network, under ten minutes on two cores
+test: $(STAMP) ## the tests: CPU, no network, a quarter of an hour on two cores
 	$(PYTEST) -m "not slow and not gpu and not trt"
 
 # They are not in [dev]: diffusers loads torchao with every command, where it is there.
