@@ -114,10 +114,10 @@ before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any 
 loss-defaults: $(STAMP) ## the table of docs/losses.md: losses and timestep samplings at a fixed budget; continues after a stop
 	$(BIN)/python scripts/loss_defaults.py --page docs/losses.md
 
-latency-front: $(STAMP) ## the table of docs/latency.md: networks of one measured latency; half an hour on a quiet machine, continues
+latency-front: $(STAMP) ## the table of docs/latency.md: networks of one measured latency; six arms of ten minutes on a quiet machine, continues
 	$(BIN)/python scripts/latency_front.py --only 0.5 --page docs/latency.md
 
-latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape; an hour on a quiet machine, continues
+latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape; ten minutes for batch 1 on a quiet machine, continues
 	$(BIN)/python scripts/latency_share.py --page docs/latency.md
 
 engine-comparison: $(STAMP) ## the table of docs/export.md: engines of the unpruned and of the slim network, about a minute

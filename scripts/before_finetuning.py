@@ -244,22 +244,31 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Measure what is missing, print the tables; return the exit code."""
-    asked = arguments()
-    torch.set_num_threads(1)  # sums in one order, however many cores there are
-    only = ARMS if asked.only is None else tuple(arm for arm in ARMS if arm in {UNPRUNED, *asked.only})
+def tell(measured: Callable[[], str], page: Path | None, begin: str = BEGIN, end: str = END) -> int:
+    """Measure, print the tables that come of it and put them on a page; return the exit code."""
     try:
-        document = read(asked.out, asked.samples)
-        fill(document["arms"], only, Gauge(asked.samples), lambda: write(asked.out, document))
-        text = tables(document["arms"])
-        if asked.page is not None:
-            write_between(asked.page, text)
+        text = measured()
+        if page is not None:
+            write_between(page, text, begin, end)
     except DpctlError as problem:
         sys.stderr.write(f"{problem}\n")
         return problem.exit_code
     print(text, end="")
     return 0
+
+
+def main() -> int:
+    """Measure what is missing, print the tables; return the exit code."""
+    asked = arguments()
+    torch.set_num_threads(1)  # sums in one order, however many cores there are
+    only = ARMS if asked.only is None else tuple(arm for arm in ARMS if arm in {UNPRUNED, *asked.only})
+
+    def measured() -> str:
+        document = read(asked.out, asked.samples)
+        fill(document["arms"], only, Gauge(asked.samples), lambda: write(asked.out, document))
+        return tables(document["arms"])
+
+    return tell(measured, asked.page)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,13 @@ from dpctl.bench.compare import interval as paired
 from dpctl.bench.metrics import Drawn, Figure
 from dpctl.bench.quality import judge, load_samples, save_samples
 from dpctl.bench.result import difference
-from dpctl.errors import DpctlError
 from dpctl.finetune import checkpoint, finetune
 from dpctl.models import load_model, resolve
 from dpctl.prune import prune
 from dpctl.recipe import FinetuneRecipe, PruneRecipe, to_dict
 from dpctl.report.page import interval
 from dpctl.units import percent
-from scripts.before_finetuning import MODEL, Gauge, alike, options, write, write_between
+from scripts.before_finetuning import MODEL, Gauge, alike, options, tell, write
 from scripts.loss_defaults import held_out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,17 +286,13 @@ def main() -> int:
     asked = arguments()
     torch.set_num_threads(1)  # sums in one order, however many cores there are
     lab = Laboratory(asked.samples, asked.results, asked.work)
-    try:
+
+    def measured() -> str:
         run(lab, [(arm, seed) for arm, seed in ORDER if asked.only is None or arm in (UNPRUNED, *asked.only)])
-    except DpctlError as problem:
-        sys.stderr.write(f"{problem}\n")
-        return problem.exit_code
-    found = {(arm, seed): lab.done(arm, seed) for arm, seed in ORDER}
-    text = tables({key: entry for key, entry in found.items() if entry is not None})
-    if asked.page is not None:
-        write_between(asked.page, text, BEGIN, END)
-    print(text, end="")
-    return 0
+        found = {(arm, seed): lab.done(arm, seed) for arm, seed in ORDER}
+        return tables({key: entry for key, entry in found.items() if entry is not None})
+
+    return tell(measured, asked.page, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dpctl.models import load_model, resolve
 from dpctl.recipe import FinetuneRecipe, LatencyRecipe, PruneRecipe
 from dpctl.report.page import interval
 from dpctl.units import percent
-from scripts.before_finetuning import MODEL, Gauge, make, read, write, write_between
+from scripts.before_finetuning import MODEL, Gauge, make, read, tell, write
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PROFILE = ROOT / "docs" / "latency" / "front.json", Path("docs/latency/profile.json")  # from the root
@@ -140,21 +140,17 @@ def main() -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page that gets the table between its markers")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order, however many cores there are
-    try:
+
+    def measured() -> str:
         document, gauge = read(asked.out, asked.samples), Gauge(asked.samples)
         done = document["arms"]
         for method, share in arms(asked.only):
             taking = partial(take, method, share, gauge)
             key, recipe = key_of(method, share), recipe_of(method, share)
             make(done, key, recipe, taking, lambda: write(asked.out, document), cells)
-        text = table(done)
-        if asked.page is not None:
-            write_between(asked.page, text, BEGIN, END)
-    except DpctlError as problem:
-        sys.stderr.write(f"{problem}\n")
-        return problem.exit_code
-    print(text, end="")
-    return 0
+        return table(done)
+
+    return tell(measured, asked.page, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 
 from dpctl import chain, environment, progress
-from dpctl.errors import DpctlError
 from dpctl.latency.profile import profile
-from dpctl.models import write_pipeline
 from dpctl.recipe import LatencyRecipe, PruneRecipe
 from dpctl.units import percent
-from scripts.before_finetuning import make, read, write, write_between
-from scripts.pruning_sizes import ARCHITECTURES
+from scripts.before_finetuning import make, read, tell, write
+from scripts.pruning_sizes import write_random
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, WORK = ROOT / "docs" / "latency" / "share.json", ROOT / "build" / "latency-share"
@@ -49,11 +46,7 @@ def model_of(name: str) -> str:
     if shape is None:
         return name
     out = WORK / name
-    if not out.exists():
-        out.mkdir(parents=True)
-        torch.manual_seed(0)
-        write_pipeline(out, unet=ARCHITECTURES[shape]().eval(), scheduler=DDPMScheduler())
-    return str(out)
+    return str(out if out.exists() else write_random(shape, out))
 
 
 def recipe_of(name: str, batch: int, way: str) -> PruneRecipe:
@@ -126,7 +119,8 @@ def main() -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page that gets the table between its markers")
     asked = parser.parse_args()
     torch.set_num_threads(THREADS)
-    try:
+
+    def measured() -> str:
         document = read(asked.out, 0)
         done = document["arms"]
         for name, batch, way in arms():
@@ -134,14 +128,9 @@ def main() -> int:
             if asked.only is None or key.startswith(tuple(asked.only)):
                 taking = partial(take, name, batch, way)
                 make(done, key, recipe_of(name, batch, way), taking, lambda: write(asked.out, document), cells)
-        text = table(done)
-        if asked.page is not None:
-            write_between(asked.page, text, BEGIN, END)
-    except DpctlError as problem:
-        sys.stderr.write(f"{problem}\n")
-        return problem.exit_code
-    print(text, end="")
-    return 0
+        return table(done)
+
+    return tell(measured, asked.page, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from dpctl.prune import prune
 from dpctl.recipe import FinetuneRecipe, PruneRecipe, to_dict
 from dpctl.report.page import interval
 from dpctl.signature import sample_size
-from scripts.before_finetuning import MODEL, Gauge, make, options, read, write, write_between
+from scripts.before_finetuning import MODEL, Gauge, make, options, read, tell, write
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "finetuning" / "loss_defaults.json"
 BEGIN, END = "<!-- loss-defaults: begin -->", "<!-- loss-defaults: end -->"
@@ -189,19 +189,15 @@ def main() -> int:
     torch.set_num_threads(1)  # sums in one order, however many cores there are
     wanted = [arm for arm in ARMS if asked.only is None or arm in asked.only]
     arms = [(arm, seed) for seed in range(asked.seeds) for arm in (UNPRUNED, UNTRAINED, *wanted)]
-    try:
+
+    def measured() -> str:
         document = read(asked.out, asked.samples)
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(asked.samples, Path(folder))
             fill(document["arms"], arms, bench, lambda: write(asked.out, document))
-        text = table(document["arms"], asked.seeds)
-        if asked.page is not None:
-            write_between(asked.page, text, BEGIN, END)
-    except DpctlError as problem:
-        sys.stderr.write(f"{problem}\n")
-        return problem.exit_code
-    print(text, end="")
-    return 0
+        return table(document["arms"], asked.seeds)
+
+    return tell(measured, asked.page, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 
-from dpctl.models import load_model, write_pipeline
+from dpctl.models import load_model
 from dpctl.prune import prune
 from dpctl.recipe import PruneRecipe
 from dpctl.units import seconds
 from export.narrow import narrow
 from export.to_onnx import export_model
-from scripts.pruning_sizes import ARCHITECTURES
+from scripts.pruning_sizes import write_random
 
 PAPER = "DDPM, CIFAR-10 32x32"
 HALF = PruneRecipe("magnitude", target_macs=0.5)
@@ -48,9 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| network, cut to half its MACs | `export_model` | `narrow` |", "|---|---|---|", sep="\n")
     with tempfile.TemporaryDirectory() as folder:
-        paper = Path(folder) / "paper"
-        paper.mkdir()
-        write_pipeline(paper, unet=ARCHITECTURES[PAPER]().eval(), scheduler=DDPMScheduler())
+        paper = write_random(PAPER, Path(folder) / "paper")
         for name, model in (("reference", "reference"), ("the paper's for CIFAR-10, random weights", str(paper))):
             print(row(name, model, Path(tempfile.mkdtemp(dir=folder))))
 

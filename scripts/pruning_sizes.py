@@ -2,11 +2,14 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
+from dpctl import artifact
+from dpctl.models import write_pipeline
 from dpctl.prune.groups import find_groups
 from dpctl.prune.network import describe
 from dpctl.prune.plan import uniform
@@ -58,6 +61,14 @@ ARCHITECTURES = {
         projection_class_embeddings_input_dim=2816,
     ),
 }
+
+
+def write_random(name: str, out: Path) -> Path:
+    """Write a pipeline of an architecture with random weights, the same ones every time; return its directory."""
+    torch.manual_seed(0)
+    with artifact.writing(out) as directory:
+        write_pipeline(directory, unet=ARCHITECTURES[name]().eval(), scheduler=DDPMScheduler())
+    return out
 
 
 def row(name: str) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 
 from dpctl.bench.subjects import ENGINES
 from dpctl.errors import DpctlError
-from dpctl.models import Model, build_unet, load_model, save_model, unet_directory
+from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select
 from dpctl.prune.surgery import kept_indices, slim
 from dpctl.prune.target import trace
+from dpctl.prune.unpruned import unpruned_unet
 from dpctl.recipe import EngineRecipe, ExportRecipe, PruneRecipe
-from dpctl.signature import PRUNED, rows_of, sample_size
+from dpctl.signature import rows_of, sample_size
 from export.engines import export_engine
 from export.narrow import narrow
 from export.to_onnx import export_model
@@ -56,12 +57,11 @@ class Exports:
 
     def baseline(self) -> Path:
         """Export the unpruned network. Of a model that was pruned before its shape is enough, with random weights."""
-        base = getattr(self._source.unet.config, "base_config", None)
-        if not base:
+        unpruned = unpruned_unet(self._source.unet)
+        if unpruned is None:
             export_model(self._source, self._whole, self._recipe)
-            return self._runnable(self._whole)
-        name = type(self._source.unet).__name__.removeprefix(PRUNED)
-        self._export(build_unet({**base, "_class_name": name}).eval(), self._whole)
+        else:
+            self._export(unpruned, self._whole)
         return self._runnable(self._whole)
 
     def of_widths(self, widths: Mapping[str, int], stock: dict[str, Any] | None = None) -> Path:

@@ -1,6 +1,6 @@
 """The widths that keep the most importance within a predicted latency."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from dpctl.errors import DpctlError
 from dpctl.latency.model import LatencyModel
 from dpctl.prune import Scored
 from dpctl.prune.allocation import Choice, allocate
-from dpctl.prune.plan import PruningPlan, Span, select, width_at
+from dpctl.prune.plan import Network, PruningPlan, Span, in_one_unit, narrowest, select
 from dpctl.prune.target import plan_levels
 from dpctl.recipe import PruneRecipe
 from dpctl.units import seconds
@@ -40,28 +40,19 @@ def plan_within(
     if recipe.scope == "local":
         todo = "leave --scope or --latency-model out"
         raise DpctlError("a latency model ranks all groups together", "--scope local", todo)
-    choices = [_choice(span, scored, recipe) for span in scored.network.spans]
+    scores = scored.scores if scored.comparable else in_one_unit(scored.scores)
+    choices = [_choice(span, scored.network, scores, recipe) for span in scored.network.spans]
     widths = allocate(choices, model.terms, budget_s - model.constant_s)
     return select(scored.network, scored.scores, widths), None
 
 
-def _choice(span: Span, scored: Scored, recipe: PruneRecipe) -> Choice:
+def _choice(span: Span, network: Network, scores: Mapping[str, Sequence[float]], recipe: PruneRecipe) -> Choice:
     """Return what a group may be: no narrower than the recipe's floor, with the importance that each width keeps."""
-    values = _in_one_unit(span, scored)
-    least = min(span.width, width_at(span, 1.0 - recipe.floor, recipe.align)) if recipe.floor else 0
+    least = narrowest(span, recipe.floor, recipe.align)
     widths = tuple(width for width in span.widths(recipe.align) if width >= least)
-    kept = importances(span, values)
-    # What is within a group goes with it.
-    inside = scored.network.inside.get(span.name, ())
-    kept[0] = -sum(sum(_in_one_unit(inner, scored)) for inner in inside) - span.removal
+    kept = importances(span, scores[span.name])
+    kept[0] = -network.inner_importance(span.name, scores) - span.removal
     return Choice(span.name, widths, tuple(float(kept[width // (span.segments * span.block)]) for width in widths))
-
-
-def _in_one_unit(span: Span, scored: Scored) -> list[float]:
-    """Return a group's scores; where those of different groups are in no common unit, its whole importance is 1."""
-    values = scored.scores[span.name]
-    whole = 1.0 if scored.comparable else sum(values) or 1.0
-    return [value / whole for value in values]
 
 
 def importances(span: Span, values: Sequence[float]) -> np.ndarray:

@@ -145,8 +145,15 @@ def score(source: Model, recipe: PruneRecipe, *, bar: progress.Bar = progress.no
     scoring = Scoring(source.unet, groups.prunable, scheduler, images, recipe, bar)
     scores = {name: values.tolist() for name, values in criterion.score(scoring).items()}
     if recipe.depth and criterion.COMPARABLE and images is not None:
-        size, seed = {"count": removal.IMAGES, "timesteps": removal.TIMESTEPS}, recipe.seed
-        probe = open_probe(source.unet, scheduler, images, **size, seed=seed, stream="branches")
+        probe = open_probe(
+            source.unet,
+            scheduler,
+            images,
+            count=removal.IMAGES,
+            timesteps=removal.TIMESTEPS,
+            seed=recipe.seed,
+            stream="branches",
+        )
         network = removal.with_removals(network, source.unet, groups, scores, probe, recipe.align, bar)
     return Scored(
         source, recipe, groups, network, levels, scores, scheduler, images, most, criterion.COMPARABLE, refits

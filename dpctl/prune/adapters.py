@@ -8,9 +8,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from dpctl.errors import DpctlError
-from dpctl.models import build_unet
 from dpctl.prune.surgery import Kept, head_width
-from dpctl.signature import PRUNED
+from dpctl.prune.unpruned import unpruned_unet
 
 # Matrix -> the side of its layer, and its axis with the channels of that side.
 SIDES = {"lora_A": ("in", 1), "lora_B": ("out", 0)}
@@ -60,8 +59,5 @@ def _sliced(key: str, matrix: Tensor, layer: str, which: str, kept: Kept) -> Ten
 
 def _base(slim: Any) -> Any:
     """Return the unpruned network without weights; a stock layout's heads are as wide as there, so itself will do."""
-    config = getattr(slim.config, "base_config", None)
-    if not config:
-        return slim
     with torch.device("meta"):
-        return build_unet({**config, "_class_name": type(slim).__name__.removeprefix(PRUNED)})
+        return unpruned_unet(slim) or slim

@@ -49,7 +49,7 @@ def _branch(unet: Any, block: str, module: Any) -> Branch:
 
 def _can_go(unet: Any, block: str, module: Any) -> bool:
     """Tell whether something passes by a block unchanged, and its last layer has a bias to leave behind."""
-    last = module.get_submodule(LAST[type(module).__name__]) if _has_last(module) else None
+    last = dict(module.named_modules()).get(LAST[type(module).__name__])
     if not isinstance(last, (nn.Conv2d, nn.Linear)) or last.bias is None:
         return False
     if type(module).__name__ == "ResnetBlock2D":
@@ -60,14 +60,6 @@ def _can_go(unet: Any, block: str, module: Any) -> bool:
     if _is_transformer_block(unet.get_submodule(parent)):
         return leaf in NORMS
     return bool(getattr(module, "residual_connection", False)) and module.spatial_norm is None
-
-
-def _has_last(module: Any) -> bool:
-    try:
-        module.get_submodule(LAST[type(module).__name__])
-    except AttributeError:
-        return False
-    return True
 
 
 def _is_transformer_block(module: Any) -> bool:
@@ -86,6 +78,8 @@ def branch_of(branches: Iterable[Branch], modules: Iterable[str], sides: Iterabl
 
 def gone(unet: Any, kept: Mapping[str, Any]) -> list[Branch]:
     """Return the branches that keep no channel, without those inside another that goes."""
+    if all(len(index) for index in kept.values()):
+        return []  # most cuts: nothing to look for
     found = [branch for branch in find_branches(unet) if len(kept.get(f"{branch.last}.in", "whole")) == 0]
     blocks = [f"{branch.block}." for branch in found]
     return [branch for branch in found if not any(branch.block.startswith(outer) for outer in blocks)]

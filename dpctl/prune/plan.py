@@ -123,6 +123,10 @@ class Network:
         within = {span.name: span.within for span in self.spans}
         return {name: 0 if any(widths[outer] == 0 for outer in within[name]) else n for name, n in widths.items()}
 
+    def inner_importance(self, name: str, scores: Mapping[str, Sequence[float]]) -> float:
+        """Return the importance of everything that goes with a group, beside its own channels."""
+        return math.fsum(math.fsum(scores[inner.name]) for inner in self.inside.get(name, ()))
+
     @cached_property
     def inside(self) -> dict[str, list[Span]]:
         """The groups within each group that may go with everything in it."""
@@ -204,10 +208,10 @@ def widths_for_target(
     Raises a DpctlError for a target that is met already or out of reach, and for NaN scores.
     """
     check_finite(network, scores)
-    least = {span.name: _least(span, floor if scope == "global" else 0.0, align) for span in network.spans}
+    least = {span.name: narrowest(span, floor if scope == "global" else 0.0, align) for span in network.spans}
     _check_reach(network, measure, budget, align, least, unpruned)
     if not comparable or scope == "local":
-        scores = {name: [value / (sum(values) or 1.0) for value in values] for name, values in scores.items()}
+        scores = in_one_unit(scores)
     if scope == "global":
         widths = _take_away(network, scores, measure, budget, align, least)
     else:
@@ -215,7 +219,12 @@ def widths_for_target(
     return _give_back(network, scores, measure, budget, align, widths)
 
 
-def _least(span: Span, floor: float, align: int) -> int:
+def in_one_unit(scores: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return scores of groups that are in no common unit as parts of each group's whole importance."""
+    return {name: [value / (sum(values) or 1.0) for value in values] for name, values in scores.items()}
+
+
+def narrowest(span: Span, floor: float, align: int) -> int:
     """Return the narrowest width that leaves the fraction `floor` of a group."""
     return width_at(span, 1.0 - floor, align) if floor else span.widths(align)[0]
 
@@ -335,8 +344,7 @@ def _give_back(
 def _importance(network: Network, span: Span, scores: Mapping[str, Sequence[float]], width: int) -> float:
     """Return the importance that a group keeps at a width: what is within it goes with it, and is lost too."""
     if width == 0:
-        inside = math.fsum(math.fsum(scores[inner.name]) for inner in network.inside.get(span.name, ()))
-        return -inside - span.removal
+        return -network.inner_importance(span.name, scores) - span.removal
     values = scores[span.name]
     return math.fsum(values[channel] for channel in best(span, values, width))
 

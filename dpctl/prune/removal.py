@@ -33,6 +33,10 @@ def with_removals(
 
     Importance per loss is what half of every branch loses of both, over all of them together. `unet` stays.
     """
+
+    def worth(name: str) -> float:
+        return math.fsum(scores[name]) + network.inner_importance(name, scores)
+
     base = probe.loss(unet)
     by_name = {group.name: group for group in groups.prunable}
     optional = [span for span in network.spans if span.optional]
@@ -41,7 +45,7 @@ def with_removals(
     with bar("branches", 2 * len(optional)) as advance:
         for span in optional:
             half = best(span, scores[span.name], _half(span, align))
-            lost += _sum(scores[span.name]) - math.fsum(scores[span.name][channel] for channel in half)
+            lost += math.fsum(scores[span.name]) - math.fsum(scores[span.name][channel] for channel in half)
             for keep in (half, ()):
                 alone = Groups((by_name[span.name],), {})
                 cut = slim(unet, kept_indices(unet, alone, PruningPlan({span.name: keep})), whole=alone.whole)
@@ -53,8 +57,8 @@ def with_removals(
     return replace(
         network,
         spans=tuple(
-            replace(span, removal=max(0.0, rises[span.name] * lost / risen - _whole(network, span, scores)))
-            if span.name in rises
+            replace(span, removal=max(0.0, rises[span.name] * lost / risen - worth(span.name)))
+            if span.optional
             else span
             for span in network.spans
         ),
@@ -64,12 +68,3 @@ def with_removals(
 def _half(span: Span, align: int) -> int:
     """Return the allowed width next to half of a group's, and not none."""
     return min((width for width in span.widths(align) if width), key=lambda width: abs(2 * width - span.width))
-
-
-def _whole(network: Network, span: Span, scores: Mapping[str, Sequence[float]]) -> float:
-    """Return the importance of a branch's channels, and of what is inside."""
-    return _sum(scores[span.name]) + sum(_sum(scores[inner.name]) for inner in network.inside.get(span.name, ()))
-
-
-def _sum(values: Sequence[float]) -> float:
-    return math.fsum(values)

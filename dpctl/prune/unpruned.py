@@ -61,13 +61,16 @@ def _recorded(source: Model) -> dict[str, list[int]]:
     return source.manifest.stats.get("widths", {}) if source.manifest is not None else {}
 
 
+def unpruned_unet(unet: Any) -> Any:
+    """Return the network that a freely pruned one was, in eval mode with fresh weights; None for a stock class."""
+    base = getattr(unet.config, "base_config", None)
+    return build_unet({**base, "_class_name": type(unet).__name__.removeprefix(PRUNED)}).eval() if base else None
+
+
 def _base(unet: Any) -> Any:
     """Return the unpruned network of a freely pruned one, without weights; None for a stock class."""
-    base = getattr(unet.config, "base_config", None)
-    if not base:
-        return None
     # A pruned model without our manifest (its unet/ alone, or saved by stock diffusers): count, compute nothing.
     import torch
 
     with torch.device("meta"):
-        return build_unet({**base, "_class_name": type(unet).__name__.removeprefix(PRUNED)}).eval()
+        return unpruned_unet(unet)
