@@ -113,7 +113,8 @@ def export_in_steps(
 def run_step(step: str, directory: Path, **asked: Any) -> int:
     """Run a step of an export in a process of its own and return its exit code; whatever ends this one ends it."""
     told = json.dumps({"step": step, "directory": str(directory), **asked})
-    with subprocess.Popen([sys.executable, "-m", "export.steps"], stdin=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-P", "-m", "dpctl.export_step"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
         try:
             process.communicate(told)
         except BaseException:  # asked to end: `subprocess.run` would not wait until the step is gone

@@ -26,6 +26,12 @@ pytest.importorskip("tensorrt_rtx")
 ROOT = Path(__file__).parents[2]
 RECIPE = ExportRecipe(batch=(1, 2, 4), engine=EngineRecipe(flavor="rtx", compute_capability=("8.9",)))
 OPTIONS = ("--batch", "1,2,4", "--trt", "--trt-flavor", "rtx", "--compute-capability", "8.9")
+# A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+HEARING = (
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from dpctl.cli import main; main()",
+)
 CHANGING = ("build_s", "size_bytes")  # of an engine, from one build to the next
 
 
@@ -124,11 +130,35 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_step_that_is_told_nothing_ends_without_a_word() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpctl.export_step"], cwd=ROOT, input="", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_interrupted_at_a_terminal_only_the_command_speaks(plain: Any, tmp_path: Path) -> None:
+    """A terminal interrupts both processes."""
+    with subprocess.Popen(
+        [*HEARING, "export", model_of(plain), "--out", str(tmp_path / "out"), *OPTIONS],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        step = step_of(process.pid)
+        time.sleep(1)  # the step has begun to import
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr is not None
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert not Path(f"/proc/{step}").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def step_of(parent: int) -> int:
     """Wait for the step that a process runs, and return its number."""
     while True:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        if children and "export.steps" in Path(f"/proc/{children[0]}/cmdline").read_text():
+        if children and "dpctl.export_step" in Path(f"/proc/{children[0]}/cmdline").read_text():
             return int(children[0])
         time.sleep(0.02)
 
@@ -147,11 +177,7 @@ def test_a_killed_step_is_an_error_with_its_reason(plain: Any, tmp_path: Path) -
 def test_asked_to_end_it_takes_the_step_along_and_leaves_nothing(
     plain: Any, tmp_path: Path, number: int, code: int
 ) -> None:
-    # A shell lets what it starts in the background ignore SIGINT, and that is inherited.
-    hearing = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from dpctl.cli import main; main()"
-    )
-    command = [sys.executable, "-c", hearing, "export", model_of(plain), "--out", str(tmp_path / "out"), *OPTIONS]
+    command = [*HEARING, "export", model_of(plain), "--out", str(tmp_path / "out"), *OPTIONS]
     with subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
