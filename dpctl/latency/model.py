@@ -1,9 +1,10 @@
 """What a network of any widths would take, learnt from the layers' times of a few that were run: no torch, no model.
 
 A layer costs base + per_input * a + per_output * b + per_product * a * b, with the widths a and b of its sides rounded
-up to the block of channels that the backend's kernels work in. What no layer of the network accounts for (activations,
-concatenation, resampling, changes of layout) follows the volume of what the layers put out. A profiler costs time
-itself, so the sum is scaled to what the whole network took.
+up to the block of channels that the backend's kernels work in, and where that shows, per_tile * a * b more with b
+rounded up to a tile: outputs that are computed together, of which an incomplete one takes as long as a whole one. What
+no layer of the network accounts for (activations, concatenation, resampling, changes of layout) follows the volume of
+what the layers put out. A profiler costs time itself, so the sum is scaled to what the whole network took.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,12 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from dpctl.prune.plan import Layer, Network, Side
-from dpctl.prune.terms import Term, gated, rounded
+from dpctl.prune.terms import Term, gated
 
-# Blocks of channels that kernels of processors and tensor cores work in.
-STEPS = (1, 4, 8, 16, 32)
+# Blocks of channels that kernels of processors and tensor cores work in, and outputs that they compute together.
+STEPS, TILES = (1, 4, 8, 16, 32), (32, 64, 128)
+# A tile is believed in where it leaves less than this part of the squares: with one more coefficient some go anyway.
+SHOWS = 0.95
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """A term for every layer, and the constant part; seconds of one call."""
+    """The terms of all layers, and the constant part; seconds of one call. `tile` is 0 where none shows."""
 
     terms: tuple[Term, ...]
     constant_s: float
     step: int
+    tile: int
 
     def predict(self, widths: Mapping[str, int]) -> float:
         """Return what a network of these widths takes, in seconds."""
@@ -56,21 +60,27 @@ class Accuracy:
 
 
 def fit(network: Network, samples: Sequence[Sample]) -> LatencyModel:
-    """Learn what networks of other widths take; the step is the one whose predictions fit the layers' times best.
+    """Learn what networks of other widths take; step and tile are those whose predictions fit the layers' times best.
 
     Errors count relative to a network's latency: a small one is to be known as well as a large one.
     """
     weights = np.array([1.0 / sample.latency_s for sample in samples])
-    found = [(_layers(network, samples, weights, step), step) for step in STEPS]
-    (terms, _), step = min(found, key=lambda each: each[0][1])
+    plain = [(*_layers(network, samples, weights, step, 0), step, 0) for step in STEPS]
+    tiled = [
+        (*_layers(network, samples, weights, step, tile), step, tile) for step in STEPS for tile in TILES if tile > step
+    ]
+    found, other = (min(each, key=lambda fitted: fitted[1]) for each in (plain, tiled))
+    terms, _, step, tile = other if other[1] < SHOWS * found[1] else found
     known = {layer.name for layer in network.layers}
     rest = np.array([sum(t for name, t in sample.layers.items() if name not in known) for sample in samples])
     volumes = np.array([[1.0, _volume(network, sample.widths)] for sample in samples])
     base, per_value = _nonnegative(volumes, rest, weights)[0]
-    terms = [
-        gated(_with_output(term, layer, per_value), layer) for term, layer in zip(terms, network.layers, strict=True)
+    every = [
+        gated(_with_output(term, layer, per_value if term is of_layer[0] else 0.0), layer)
+        for of_layer, layer in zip(terms, network.layers, strict=True)
+        for term in of_layer
     ]
-    return _calibrated(LatencyModel(tuple(terms), base, step), samples, weights)
+    return _calibrated(LatencyModel(tuple(every), base, step, tile), samples, weights)
 
 
 def _calibrated(model: LatencyModel, samples: Sequence[Sample], weights: np.ndarray) -> LatencyModel:
@@ -85,14 +95,16 @@ def _calibrated(model: LatencyModel, samples: Sequence[Sample], weights: np.ndar
     constant = scale * (model.constant_s + sum(term.base for term in model.terms))
     left = max(0.0, 1.0 + offset / constant) if offset < 0 < constant else 1.0
     terms = tuple(_scaled(term, scale, scale * left) for term in model.terms)
-    return LatencyModel(terms, float(scale * left * model.constant_s + max(0.0, offset)), model.step)
+    return LatencyModel(terms, float(scale * left * model.constant_s + max(0.0, offset)), model.step, model.tile)
 
 
-def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, step: int) -> tuple[list[Term], float]:
-    """Return a term for every layer, and the sum of squares that is left of their times."""
+def _layers(
+    network: Network, samples: Sequence[Sample], weights: np.ndarray, step: int, tile: int
+) -> tuple[list[list[Term]], float]:
+    """Return the terms of every layer, a second one for its tiles, and the sum of squares left of their times."""
     terms, left = [], 0.0
     for layer in network.layers:
-        sides = [[rounded(side.width(s.widths), step) for s in samples] for side in (layer.inputs, layer.outputs)]
+        sides = [[side.width(s.widths) for s in samples] for side in (layer.inputs, layer.outputs)]
         a, b = (np.array(side, dtype=float) for side in sides)
         there = np.array([not layer.is_gone(sample.widths) for sample in samples]) & (b > 0)
         if layer.positions:
@@ -100,14 +112,23 @@ def _layers(network: Network, samples: Sequence[Sample], weights: np.ndarray, st
         else:  # a norm
             a = np.zeros_like(b)
         times = np.array([sample.layers.get(layer.name, 0.0) for sample in samples])
+        a, whole, b = _up(a, step), _up(b, tile) if tile else np.zeros_like(b), _up(b, step)
         # A layer of a branch that is gone takes no time, whatever a profiler puts down to it.
-        features = np.stack([np.ones_like(a), a, b, a * b], 1) * there[:, None]
-        found, residual = _nonnegative(features, times * there, weights)
-        base, per_input, per_output, per_product = found
+        features = np.stack([np.ones_like(a), a, b, a * b, a * whole], 1) * there[:, None]
+        (base, *per_side, per_product, per_tile), residual = _nonnegative(features, times * there, weights)
         inputs = layer.inputs if layer.positions else Side(1)
-        terms.append(Term(layer.name, inputs, layer.outputs, base, per_input, per_output, per_product, step))
+        first = Term(layer.name, inputs, layer.outputs, base, per_side[0], per_side[1], per_product, (step, step))
+        terms.append([first])
+        if per_tile:
+            more = Term(layer.name, inputs, layer.outputs, per_product=per_tile, steps=(step, tile))
+            terms[-1].append(more)
         left += residual**2
     return terms, left
+
+
+def _up(widths: np.ndarray, step: int) -> np.ndarray:
+    """Return widths rounded up to multiples of `step`."""
+    return np.ceil(widths / step) * step
 
 
 def _nonnegative(features: np.ndarray, times: np.ndarray, weights: np.ndarray) -> tuple[list[float], float]:

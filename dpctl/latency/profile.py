@@ -23,7 +23,7 @@ from runtime.layers import JOINED
 
 # Passes that a layer's time is the median of.
 PASSES = 15
-# Four coefficients of a layer, from twice as many networks at least, the unpruned one among them.
+# Four or five coefficients of a layer, from nearly twice as many networks at least, the unpruned one among them.
 FEWEST = 8
 # A single network may be known this badly: the fit is over many.
 ROUGH = Precision(enough=0.04, too_wide=0.3)
@@ -135,9 +135,10 @@ def report(found: Profile, network: Network, out: Path) -> Report:
     ran = ", ".join(f"{name.replace('_', ' ')} {found.conditions[name]}" for name in CONDITIONS)
     constant = f"{seconds(whole)}, of which {percent(model.constant_s / whole)} is constant"
     errors = f"median error {percent(judged.median_error)}, worst {percent(judged.worst_error)}"
+    blocks = f"blocks of {model.step} channels" + (f", {model.tile} outputs at a time" if model.tile else "")
     lines = [
         f"{out}: {len(found.samples)} networks; {ran}",
-        f"the unpruned network takes {constant}; kernels work in blocks of {model.step} channels",
+        f"the unpruned network takes {constant}; kernels work in {blocks}",
         f"{len(judged.pairs)} networks {which}: rank correlation {judged.rank_correlation:.3f}, {errors}",
     ]
-    return Report({"out": str(out), "step": model.step, **dataclasses.asdict(judged)}, list(lines))
+    return Report({"out": str(out), "step": model.step, "tile": model.tile, **dataclasses.asdict(judged)}, list(lines))

@@ -58,12 +58,12 @@ class Space:
         self._find_classes()
 
     def _read_terms(self, index: dict[str, int], terms: Sequence[Term]) -> None:
-        terms = sorted(terms, key=lambda term: (term.name, term.coefficients, term.step))
+        terms = sorted(terms, key=lambda term: (term.name, term.coefficients, term.steps))
         # A term without cost for every group, so that every group is in one.
         terms += [Term(name, Side(0, {name: 1}), Side(1)) for name in index]
         self.coefficients = np.array([term.coefficients for term in terms], float).reshape(-1, 4)
-        self.steps = np.array([term.step for term in terms], float)
         # [2, T] and [2, R]: of inputs and outputs.
+        self.steps = np.array([term.steps for term in terms], float).reshape(-1, 2).T
         sides = [[term.inputs for term in terms], [term.outputs for term in terms]]
         names = [
             (name, t)
@@ -76,7 +76,7 @@ class Space:
         self.repeats = np.array([[each[t].repeats.get(name, 0) for name, t in names] for each in sides], float)
 
     def _find_classes(self) -> None:
-        rows: list[list[int]] = [[] for _ in self.steps]
+        rows: list[list[int]] = [[] for _ in self.coefficients]
         for row, term in enumerate(self.term.tolist()):
             rows[term].append(row)
         # [2, S]: the pairs of rows of one term.
@@ -116,19 +116,19 @@ class Space:
 
     def cost_of(self, widths: np.ndarray) -> float:
         """Return what any widths [G] cost together."""
-        return math.fsum(self._price(np.arange(len(self.steps)), self._sides(widths)).tolist())
+        return math.fsum(self._price(np.arange(len(self.coefficients)), self._sides(widths)).tolist())
 
     def _sides(self, widths: np.ndarray) -> np.ndarray:
         """Return the widths of all inputs and outputs [2, T]."""
         held = self.repeats * widths[self.group]
-        return self.fixed + np.array([np.bincount(self.term, side, len(self.steps)) for side in held])
+        return self.fixed + np.array([np.bincount(self.term, side, len(self.coefficients)) for side in held])
 
     def _price(self, terms: np.ndarray, sides: np.ndarray) -> np.ndarray:
         """Return what terms [N] cost at widths of their sides [2, N, ...]."""
         shape = (-1, *[1] * (sides.ndim - 2))
         base, per_input, per_output, per_product = self.coefficients[terms].T.reshape(4, *shape)
-        step = self.steps[terms].reshape(shape)
-        a, b = np.ceil(sides / step) * step
+        steps = self.steps[:, terms].reshape(2, *shape)
+        a, b = np.ceil(sides / steps) * steps
         return np.where((a > 0) & (b > 0), base + per_input * a + (per_output + per_product * a) * b, 0.0)
 
     def costs(self, groups: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ from dpctl.prune.plan import Layer, Network, Side
 class Term:
     """What one layer costs: base + per_input * a + per_output * b + per_product * a * b.
 
-    a and b are the widths of its two sides, rounded up to multiples of `step`: kernels work in blocks of channels. A
-    layer with a side of width 0 is gone and costs nothing. No coefficient is negative: wider is never cheaper.
+    a and b are the widths of its two sides, each rounded up to multiples of its step: kernels work in blocks of
+    channels. A layer with a side of width 0 is gone and costs nothing. No coefficient is negative: wider is never
+    cheaper. A layer may have several terms.
     """
 
     name: str
@@ -23,15 +24,16 @@ class Term:
     per_input: float = 0.0
     per_output: float = 0.0
     per_product: float = 0.0
-    step: int = 1
+    steps: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
-        if not all(0.0 <= value < math.inf for value in self.coefficients) or self.step < 1:
-            raise ValueError(f"{self.name}: coefficients {self.coefficients}, step {self.step}")
+        if not all(0.0 <= value < math.inf for value in self.coefficients) or min(self.steps) < 1:
+            raise ValueError(f"{self.name}: coefficients {self.coefficients}, steps {self.steps}")
 
     def cost(self, widths: Mapping[str, int]) -> float:
         """Return what the layer costs at these widths."""
-        a, b = (rounded(side.width(widths), self.step) for side in (self.inputs, self.outputs))
+        sides = zip((self.inputs, self.outputs), self.steps, strict=True)
+        a, b = (rounded(side.width(widths), step) for side, step in sides)
         return self.base + self.per_input * a + self.per_output * b + self.per_product * a * b if a and b else 0.0
 
     @property
@@ -83,7 +85,7 @@ def gated(term: Term, layer: Layer) -> Term:
     branches = [name for name in layer.needs if name not in term.outputs.repeats]
     if not branches or term.inputs.repeats:
         return term
-    a = rounded(term.inputs.fixed, term.step)
+    a = rounded(term.inputs.fixed, term.steps[0])
     base, per_output = term.base + term.per_input * a, term.per_output + term.per_product * a
     gate = Side(0, {branches[-1]: 1})
     return replace(term, inputs=gate, base=base, per_output=per_output, per_input=0.0, per_product=0.0)

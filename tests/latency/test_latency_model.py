@@ -43,13 +43,14 @@ BRANCHED = Network(
 )
 
 
-def took(widths: dict[str, int], noise: Any = None, step: int = 8, network: Network = NETWORK) -> Sample:
+def took(widths: dict[str, int], noise: Any = None, step: int = 8, network: Network = NETWORK, tile: int = 1) -> Sample:
     """Return what a machine would say whose kernels work in blocks, with a constant part and some noise."""
     layers = {}
     there = [x for x in network.layers if not x.is_gone(widths) and (x.inputs.width(widths) or not x.positions)]
     for layer in there:
         a, b = (-(-s.width(widths) // step) * step for s in (layer.inputs, layer.outputs))
-        layers[layer.name] = 1e-5 + 2e-9 * layer.positions * layer.kernel * a * b + 1e-7 * b
+        whole = -(-b // tile) * tile
+        layers[layer.name] = 1e-5 + 1e-9 * layer.positions * layer.kernel * a * (b + whole) + 1e-7 * b
     layers["first.activation"] = 3e-5 + 1e-8 * sum(x.positions * x.outputs.width(widths) for x in there)
     layers[""] = 2e-5
     if noise is not None:
@@ -73,6 +74,21 @@ def test_without_noise_it_is_exact_and_knows_the_blocks() -> None:
     model = fit(NETWORK, [took(w, step=16) for w in [NETWORK.full(), *stratified(NETWORK, 24, 0)]])
     assert model.step == 16
     assert accuracy(model, [took(w, step=16) for w in stratified(NETWORK, 20, 1)]).worst_error < 0.01
+
+
+def test_outputs_that_are_computed_together_are_found() -> None:
+    known, others = ([took(w, tile=32) for w in stratified(NETWORK, 24, seed)] for seed in (0, 1))
+    model = fit(NETWORK, known)
+    assert (model.step, model.tile) == (8, 32)
+    assert accuracy(model, others).worst_error < 0.01
+    # Half a tile more is paid for at once, and the other half is free but for its own products.
+    steps = np.diff([model.predict(NETWORK.full() | {"b": width}) for width in (32, 40, 48)])
+    assert steps[0] > 2 * steps[1]
+
+
+def test_no_tile_is_found_where_there_is_none() -> None:
+    noise = np.random.default_rng(0)
+    assert fit(NETWORK, [took(w, noise) for w in stratified(NETWORK, 24, 0)]).tile == 0
 
 
 def test_a_network_without_a_branch_does_not_pay_for_it() -> None:

@@ -26,7 +26,7 @@ def cost_of(terms: Sequence[Term], widths: Mapping[str, int]) -> float:
     for term in terms:
         a, b = term.inputs.width(widths), term.outputs.width(widths)
         if a and b:
-            a, b = math.ceil(a / term.step) * term.step, math.ceil(b / term.step) * term.step
+            a, b = (math.ceil(width / step) * step for width, step in zip((a, b), term.steps, strict=True))
             total += term.base + term.per_input * a + term.per_output * b + term.per_product * a * b
     return total
 
@@ -65,7 +65,10 @@ def small(seed: int) -> tuple[Problem, float]:
         return [*(draw.choice([0, draw.randint(0, 20)]) for _ in range(3)), draw.randint(0, 9)]
 
     number = draw.randint(len(choices), 3 * len(choices))
-    terms = [Term(f"t{t}", side(), side(), *coefficients(), draw.choice([1, 1, 4, 8])) for t in range(number)]
+    steps = (1, 1, 4, 8)
+    terms = [
+        Term(f"t{t}", side(), side(), *coefficients(), (draw.choice(steps), draw.choice(steps))) for t in range(number)
+    ]
     return (choices, terms), draw.random()
 
 
@@ -85,7 +88,7 @@ def large(seed: int, groups: int = 1000) -> Problem:
         inputs = Side(0, dict.fromkeys(near[: draw.choice([1, 1, 1, 2])], 1))
         product = draw.choice([1, 9]) * draw.choice([1, 4, 16])
         outputs, vectors, step = Side(0, {near[2]: 1}), draw.randint(0, 500), draw.choice([1, 8, 16])
-        terms.append(Term(f"t{t:04d}", inputs, outputs, per_output=vectors, per_product=product, step=step))
+        terms.append(Term(f"t{t:04d}", inputs, outputs, per_output=vectors, per_product=product, steps=(step, step)))
     return choices, terms
 
 
@@ -233,7 +236,7 @@ def test_a_layer_without_a_side_costs_nothing() -> None:
 
 def test_widths_that_cost_alike_are_taken_whole() -> None:
     choices = [Choice("a", (1, 7, 8, 9), (1.0, 7.0, 8.0, 9.0))]
-    assert allocate(choices, [Term("t", A, Side(1), per_input=1.0, step=8)], 15.0) == {"a": 8}
+    assert allocate(choices, [Term("t", A, Side(1), per_input=1.0, steps=(8, 8))], 15.0) == {"a": 8}
 
 
 def test_a_group_pays_in_every_layer_and_as_often_as_a_side_holds_it() -> None:
@@ -254,7 +257,7 @@ def test_a_group_pays_in_every_layer_and_as_often_as_a_side_holds_it() -> None:
         lambda: Choice("a", (1, 2), (0.0, math.nan)),
         lambda: Term("t", A, B, base=-1.0),
         lambda: Term("t", A, B, per_product=math.inf),
-        lambda: Term("t", A, B, step=0),
+        lambda: Term("t", A, B, steps=(1, 0)),
         lambda: allocate([Choice("a", (1,), (0.0,))] * 2, [], 1.0),
     ],
 )
