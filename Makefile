@@ -114,8 +114,9 @@ before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any 
 loss-defaults: $(STAMP) ## the table of docs/losses.md: losses and timestep samplings at a fixed budget; continues after a stop
 	$(BIN)/python scripts/loss_defaults.py --page docs/losses.md
 
-latency-front: $(STAMP) ## the table of docs/latency.md: networks of one measured latency; six arms of ten minutes on a quiet machine, continues
-	$(BIN)/python scripts/latency_front.py --only 0.5 --page docs/latency.md
+latency-front: $(STAMP) ## the tables of docs/latency.md on networks of one measured latency; ten minutes an arm on a quiet machine, continues
+	$(BIN)/python scripts/latency_front.py --only 0.5 --seeds 3 --page docs/latency.md
+	$(BIN)/python scripts/latency_front.py --model CIFAR-10 --page docs/latency.md
 
 latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape; ten minutes for batch 1 on a quiet machine, continues
 	$(BIN)/python scripts/latency_share.py --page docs/latency.md

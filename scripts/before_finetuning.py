@@ -91,26 +91,28 @@ def recipe_of(arm: str, done: dict[str, Entry]) -> PruneRecipe | None:
 class Gauge:
     """What every arm is measured with: the same probe, the same noise, the unpruned model's pictures, drawn once."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, model: str = MODEL, data: str = "reference") -> None:
         self.samples, self.space = samples, reference_space()
+        self.model, self.data = model, data
+        self.seen: Callable[[Any], Any] = lambda images: images  # pictures as the feature network takes them
 
     @cached_property
     def probe(self) -> Probe:
         """Images of the data that scoring and compensation draw from too, noise and timesteps of its own."""
-        model = load_model(MODEL)
+        model = load_model(self.model)
         config = model.unet.config
-        images = Pixels(open_data("reference", channels=config.in_channels, size=sample_size(config)))
+        images = Pixels(open_data(self.data, channels=config.in_channels, size=sample_size(config)))
         return open_probe(model.unet, model.scheduler, images, **PROBE)
 
     @cached_property
     def baseline(self) -> Any:
         """The unpruned model's pictures [N, H, W, C]."""
-        return self.draw(resolve(MODEL))
+        return self.draw(resolve(self.model))
 
     def draw(self, directory: Path) -> Any:
         """Return a model's pictures [N, H, W, C]."""
         wish = Wish(self.samples, STEPS, SCHEDULER, "eager", DRAWN_TOGETHER, SEED)
-        return sample_bytes(directory, wish)
+        return self.seen(sample_bytes(directory, wish))
 
     def take(self, recipe: PruneRecipe | None) -> Entry:
         """Return the sizes, the denoising loss and the figures of the model that a recipe gives."""

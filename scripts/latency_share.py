@@ -1,8 +1,8 @@
 """Say which part of the MACs that go becomes time, and write the table of docs/latency.md: `make latency-share`.
 
-The paper's network for CIFAR-10, with random weights (nobody's images come out of it, and to the time weights do not
-matter), and `reference`, each to half of its latency in ONNX Runtime: by one ratio for all groups, and by a latency
-model of this machine, which is made first. An arm that is in the results file is not made again.
+The paper's network for CIFAR-10 and `reference`, each to half of its latency in ONNX Runtime: by one ratio for all
+groups, and by a latency model of this machine, which is made first. An arm that is in the results file is not made
+again.
 """
 
 import argparse
@@ -20,16 +20,13 @@ from dpctl.latency.profile import profile
 from dpctl.recipe import LatencyRecipe, PruneRecipe
 from dpctl.units import percent
 from scripts.before_finetuning import make, read, tell, write
-from scripts.pruning_sizes import write_random
+from scripts.latency_subjects import ROOT, SUBJECTS, ready
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT, WORK = ROOT / "docs" / "latency" / "share.json", ROOT / "build" / "latency-share"
+OUT, WORK = ROOT / "docs" / "latency" / "share.json", Path("build/latency")  # from the root
 BEGIN, END = "<!-- latency-share: begin -->", "<!-- latency-share: end -->"
 
-MODELS = {"CIFAR-10": "DDPM, CIFAR-10 32x32", "reference": None}
-BATCHES = (1, 8)
-THREADS, TARGET, NETWORKS, HELD_OUT = 2, "0.5", 12, 3
-# What each way changes; the scores of random weights say nothing, and magnitude needs no data.
+MODELS, BATCHES = ("CIFAR-10", "reference"), (1, 8)
+THREADS, TARGET, NETWORKS, HELD_OUT = 2, "0.5", 16, 4
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "one ratio for all groups": {"align": 8, "scope": "local"},
     "by the latency model": {"align": 1},
@@ -40,39 +37,33 @@ HEADINGS = ("network", "images", "widths", "measured latency", "MACs", "of the M
 Entry = dict[str, Any]
 
 
-def model_of(name: str) -> str:
-    """Return a model by its name here; the paper's is made once."""
-    shape = MODELS[name]
-    if shape is None:
-        return name
-    out = WORK / name
-    return str(out if out.exists() else write_random(shape, out))
-
-
 def recipe_of(name: str, batch: int, way: str) -> PruneRecipe:
     """Return the recipe of an arm."""
-    file = str(profile_of(name, batch).relative_to(ROOT)) if way.startswith("by the latency model") else None
+    file = str(profile_of(name, batch)) if way.startswith("by the latency model") else None
     wanted = LatencyRecipe(TARGET, batch_size=batch, threads=THREADS, model=file)
-    return PruneRecipe("magnitude", latency=wanted, compensate=False, **WAYS[way])
+    return PruneRecipe(latency=wanted, data=SUBJECTS[name].data, compensate=False, **WAYS[way])
 
 
 def profile_of(name: str, batch: int) -> Path:
-    """Return the latency file of a model."""
+    """Return the latency file of a model: the one of the docs where it is of the same threads."""
+    subject = SUBJECTS[name]
+    if batch == 1 and subject.threads == THREADS:
+        return subject.profile
     return WORK / f"{name}, {batch}.json"
 
 
 def take(name: str, batch: int, way: str) -> Entry:
     """Prune; return what the chosen network took, and its MACs."""
-    recipe, path = recipe_of(name, batch, way), profile_of(name, batch)
+    recipe, path, model = recipe_of(name, batch, way), profile_of(name, batch), ready(SUBJECTS[name]).model
     if recipe.latency is not None and recipe.latency.model:
         asked = LatencyRecipe(batch_size=batch, threads=THREADS)
         more: Any = {"networks": NETWORKS, "held_out": HELD_OUT, "resume": True, "bar": progress.bar}
-        told = profile(model_of(name), path, asked, **more).json
+        told = profile(model, path, asked, **more).json
         sys.stderr.write(f"{name}, {batch}: {told}\n")
     else:
         told = {}
     with tempfile.TemporaryDirectory() as folder:
-        manifest = chain.prune(model_of(name), Path(folder) / "slim", recipe)
+        manifest = chain.prune(model, Path(folder) / "slim", recipe)
     found = manifest.stats["latency"]
     return {
         "chosen": found["builds"][found["chosen"]],

@@ -1,5 +1,6 @@
 """The file of a latency model: what was run, where, and for which network; a model made elsewhere says so."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from dpctl.errors import DpctlError
 from dpctl.latency.model import Sample
 from dpctl.recipe import LatencyRecipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What a prediction is of: another of these is another latency.
 CONDITIONS = ("backend", "precision", "batch_size", "rows", "size", "threads")
 # What makes two machines unlike, of what `environment.describe` says: these, and the versions of what runs networks.
@@ -22,11 +23,12 @@ MACHINE, RUNTIMES = ("processor", "gpu"), ("onnxruntime", "openvino", "tensorrt"
 class Profile:
     """A latency file: the conditions, the unpruned network's latency, and the networks that were run.
 
-    `model` is the digest of the model, `held_out` are networks to judge the fit by. The machine's speed drifts: all
-    latencies are as if the unpruned network took `baseline_s` every time.
+    `architecture` is the digest of the network's class and config: weights do not matter to the time. `held_out` are
+    networks to judge the fit by. The machine's speed drifts: all latencies are as if the unpruned network took
+    `baseline_s` every time.
     """
 
-    model: str
+    architecture: str
     conditions: Mapping[str, Any]
     environment: Mapping[str, Any]
     seed: int
@@ -71,11 +73,11 @@ def read_profile(path: Path) -> Profile:
         if values["format_version"] != FORMAT_VERSION:
             got = f"{path}: version {values['format_version']}, this dpctl reads {FORMAT_VERSION}"
             raise DpctlError("the latency file is of another version", got, "make it again with `dpctl profile`")
-        if not (isinstance(values["model"], str) and isinstance(values["seed"], int)):
-            raise TypeError("model or seed")
+        if not (isinstance(values["architecture"], str) and isinstance(values["seed"], int)):
+            raise TypeError("architecture or seed")
         samples, held_out = (tuple(_sample(each) for each in values[name]) for name in ("samples", "held_out"))
         conditions, made_on = dict(values["conditions"]), dict(values["environment"])
-        described = (values["model"], conditions, made_on, values["seed"], float(values["baseline_s"]))
+        described = (values["architecture"], conditions, made_on, values["seed"], float(values["baseline_s"]))
         return Profile(*described, samples, held_out)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise DpctlError("the latency file is damaged", f"{path}: {problem}", todo) from None
@@ -90,10 +92,17 @@ def _sample(values: Mapping[str, Any]) -> Sample:
     return Sample(widths, {name: float(time) for name, time in layers.items()}, latency_s)
 
 
-def require_fitting(profile: Profile, model: str, wanted: Mapping[str, Any], path: Path) -> None:
-    """Raise a DpctlError that names what of a latency file is not what is wanted: its model or a condition."""
-    if profile.model != model:
-        got = f"{path}: of the model {profile.model[:12]}, and this is {model[:12]}"
+def architecture_of(unet: Any) -> str:
+    """Return the digest of a network's class and config, without what diffusers notes of files and versions in it."""
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    told = json.dumps([type(unet).__name__, config], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def require_fitting(profile: Profile, architecture: str, wanted: Mapping[str, Any], path: Path) -> None:
+    """Raise a DpctlError that names what of a latency file is not what is wanted: its network or a condition."""
+    if profile.architecture != architecture:
+        got = f"{path}: of the architecture {profile.architecture[:12]}, and this is {architecture[:12]}"
         raise DpctlError("the latency file is of another model", got, "make one of this model with `dpctl profile`")
     for name in CONDITIONS:
         if profile.conditions.get(name) != wanted[name]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from dpctl import progress
 from dpctl.latency.build import Candidate, Exports
 from dpctl.latency.clock import Clock
-from dpctl.latency.document import conditions, read_profile, require_fitting
+from dpctl.latency.document import architecture_of, conditions, read_profile, require_fitting
 from dpctl.latency.model import LatencyModel
 from dpctl.latency.profile import fitted
 from dpctl.latency.search import CLOSE, Build, tell, timed
@@ -40,7 +40,8 @@ def open_prediction(wanted: LatencyRecipe, source: Model, exports: Exports) -> P
         return None
     path = Path(wanted.model)
     found = read_profile(path)
-    require_fitting(found, source.digest, conditions(wanted, exports.rows, exports.size, exports.threads), path)
+    wanted_here = conditions(wanted, exports.rows, exports.size, exports.threads)
+    require_fitting(found, architecture_of(source.unet), wanted_here, path)
     return Prediction(fitted(found, exports.network), found.baseline_s, found.is_from_here)
 
 

@@ -11,7 +11,7 @@ from dpctl.errors import DpctlError
 from dpctl.inspect import Report
 from dpctl.latency.build import Exports
 from dpctl.latency.clock import Clock, Precision
-from dpctl.latency.document import CONDITIONS, Profile, conditions, read_profile, require_fitting
+from dpctl.latency.document import CONDITIONS, Profile, architecture_of, conditions, read_profile, require_fitting
 from dpctl.latency.goal import check
 from dpctl.latency.model import Accuracy, LatencyModel, Sample, accuracy, fit
 from dpctl.latency.sampling import stratified
@@ -56,7 +56,8 @@ def profile(
     planned = PruneRecipe("magnitude", latency=recipe)
     with tempfile.TemporaryDirectory() as folder:
         exports = Exports(source, planned, Path(folder))
-        begun = _begun(out, source.digest, exports, recipe, seed, resume=resume, force=force)
+        architecture = architecture_of(source.unet)
+        begun = _begun(out, architecture, exports, recipe, seed, resume=resume, force=force)
         network = exports.network
         wanted = {False: [network.full(), *stratified(network, networks, seed)], True: []}
         if held_out:
@@ -69,7 +70,7 @@ def profile(
             bar("profile", total, done=total - len(left)) as advance,
         ):
             found = begun or Profile(
-                source.digest, wanted_here(recipe, exports), environment.describe(), seed, clock.baseline_s()
+                architecture, wanted_here(recipe, exports), environment.describe(), seed, clock.baseline_s()
             )
             for kind, widths in left:
                 sample = _measured(exports, clock, widths, found.baseline_s)
@@ -85,13 +86,13 @@ def wanted_here(recipe: LatencyRecipe, exports: Exports) -> dict[str, Any]:
 
 
 def _begun(
-    out: Path, digest: str, exports: Exports, recipe: LatencyRecipe, seed: int, *, resume: bool, force: bool
+    out: Path, architecture: str, exports: Exports, recipe: LatencyRecipe, seed: int, *, resume: bool, force: bool
 ) -> Profile | None:
     """Return the file to go on with; None for a new one."""
     wanted = wanted_here(recipe, exports)
     if out.exists() and resume:
         found = read_profile(out)
-        require_fitting(found, digest, wanted, out)
+        require_fitting(found, architecture, wanted, out)
         if not found.is_from_here:
             got = f"{out}: {found.environment.get('processor')}, {found.environment.get('gpu') or 'no GPU'}"
             raise DpctlError("the latency file is of another machine", got, "begin another file on this one")

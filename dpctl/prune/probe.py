@@ -1,6 +1,5 @@
 """Images to score, fit and measure a network on, and its denoising loss on the same ones every time."""
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -58,16 +57,20 @@ class Probe:
 
     def loss(self, unet: Any) -> float:
         """Return the mean denoising loss over images and timesteps. Raises a DpctlError where it is not finite."""
-        total = 0.0
+        return float(self.losses(unet).mean())
+
+    def losses(self, unet: Any) -> Tensor:
+        """Return the denoising loss of each image [B], the mean over timesteps, in double precision."""
+        total = torch.zeros(len(self.clean), dtype=torch.float64)
         for t in self.timesteps:
             with torch.no_grad():
                 timesteps = torch.full((len(self.clean),), t, dtype=torch.long, device=self.clean.device)
                 given = (self.clean, self.noise, timesteps, self.conditions)
-                total += float(denoising_loss(unet, self.scheduler, *given).mean())
-        if not math.isfinite(total):
+                total += denoising_loss(unet, self.scheduler, *given).double().cpu()
+        if not total.isfinite().all():
             raise DpctlError(
                 "the denoising loss is not finite",
-                f"{total} over the timesteps {list(self.timesteps)}",
+                f"{float(total.mean())} over the timesteps {list(self.timesteps)}",
                 "the weights or the data hold NaN or Inf: check the model",
             )
         return total / len(self.timesteps)

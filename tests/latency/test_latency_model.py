@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import UNet2DModel
 
 from dpctl.errors import DpctlError
-from dpctl.latency.document import Profile, read_profile, require_fitting
+from dpctl.latency.document import Profile, architecture_of, read_profile, require_fitting
 from dpctl.latency.model import Sample, accuracy, fit
 from dpctl.latency.sampling import NARROWEST, nearest, stratified
 from dpctl.latency.widths import importances
 from dpctl.prune.plan import Layer, Network, Side, Span, best
 
+TOY: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 SPANS = tuple(Span(name, 64, 4) for name in ("a", "b", "c", "d"))
 
 
@@ -149,7 +151,7 @@ def test_the_file_comes_back_as_it_was(made: Profile, tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("format_version", 99),
-        ("model", 3),
+        ("architecture", 3),
         ("samples", [{"widths": {"a": 4}, "layers": {}, "latency_s": "fast"}]),
         ("samples", [{"widths": {"a": -4}, "layers": {}, "latency_s": 1.0}]),
         ("samples", [{"widths": {"a": 4}, "layers": {"x": "slow"}, "latency_s": 1.0}]),
@@ -176,6 +178,12 @@ def test_a_file_of_something_else_is_refused_by_what_differs(made: Profile, name
     assert name.replace("_", " ") in caught.value.got
     with pytest.raises(DpctlError, match="another model"):
         require_fitting(made, "e" * 64, made.conditions, Path("x"))
+
+
+def test_weights_do_not_matter_to_a_file_and_widths_do() -> None:
+    one, other, wider = (UNet2DModel(block_out_channels=(8, width), norm_num_groups=4, **TOY) for width in (8, 8, 16))
+    one.register_to_config(_name_or_path="somewhere")
+    assert architecture_of(one) == architecture_of(other) != architecture_of(wider)
 
 
 # --- what a width is worth -------------------------------------------------------------------------------------------
