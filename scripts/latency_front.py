@@ -65,7 +65,8 @@ def recipe_of(method: str, share: str, subject: Subject = SUBJECTS["reference"],
     """Return the recipe of an arm."""
     model = str(subject.profile) if method.startswith(BY_MODEL) else None
     wanted = LatencyRecipe(share, threads=subject.threads, model=model)
-    return PruneRecipe(latency=wanted, compensate=True, data=subject.data, seed=seed, **METHODS[method])
+    scored: dict[str, Any] = {"data": subject.data, "images": subject.images, "seed": seed}
+    return PruneRecipe(latency=wanted, compensate=True, **scored, **METHODS[method])
 
 
 def key_of(method: str, share: str, seed: int = 0) -> str:
@@ -208,7 +209,7 @@ def arms(
         for seed in range(seeds)
         for share in subject.shares
         if not only or share in only
-        for method in (few if seed or len(subject.shares) == 1 else METHODS)
+        for method in (few if seed else METHODS)
     ]
 
 

@@ -41,7 +41,8 @@ def recipe_of(name: str, batch: int, way: str) -> PruneRecipe:
     """Return the recipe of an arm."""
     file = str(profile_of(name, batch)) if way.startswith("by the latency model") else None
     wanted = LatencyRecipe(TARGET, batch_size=batch, threads=THREADS, model=file)
-    return PruneRecipe(latency=wanted, data=SUBJECTS[name].data, compensate=False, **WAYS[way])
+    scored: dict[str, Any] = {"data": SUBJECTS[name].data, "images": SUBJECTS[name].images}
+    return PruneRecipe(latency=wanted, compensate=False, **scored, **WAYS[way])
 
 
 def profile_of(name: str, batch: int) -> Path:

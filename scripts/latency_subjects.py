@@ -5,7 +5,7 @@ hour on the reference's images, 32x32 and in three equal channels: enough that i
 denoising loss and pictures say what a cut costs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,21 @@ SHAPE = "DDPM, CIFAR-10 32x32"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the data that it is scored and finetuned on, and how its cuts are judged.
+    """A model, the data that it is scored on, and how its cuts are judged.
 
-    `file` is the results' name below docs/latency, `profile` the latency file, on `threads` threads.
+    `images` of the data are scored; `file` is the results' name below docs/latency, `profile` the latency file, on
+    `threads` threads; `samples` pictures are drawn.
     """
 
     model: str
     data: str
+    images: int
     file: str
     profile: Path
     threads: int
     samples: int
     tuned: FinetuneRecipe
     shares: tuple[str, ...] = ("0.7", "0.5", "0.35")
-    pruned: dict[str, Any] = field(default_factory=dict)
 
 
 CIFAR_DATA, CIFAR = str(WORK / "fashion-32.npz"), str(WORK / "cifar-10")
@@ -58,6 +59,7 @@ SUBJECTS = {
     "reference": Subject(
         "reference",
         "reference",
+        512,
         "front.json",
         Path("docs/latency/profile.json"),
         1,
@@ -67,6 +69,7 @@ SUBJECTS = {
     "CIFAR-10": Subject(
         CIFAR,
         CIFAR_DATA,
+        128,
         "front-cifar.json",
         Path("docs/latency/profile-cifar.json"),
         2,
