@@ -59,8 +59,9 @@ def take(name: str, batch: int, way: str) -> Entry:
     if recipe.latency is not None and recipe.latency.model:
         asked = LatencyRecipe(batch_size=batch, threads=THREADS)
         more: Any = {"networks": NETWORKS, "held_out": HELD_OUT, "resume": True, "bar": progress.bar}
-        told = profile(model, path, asked, **more).json
-        sys.stderr.write(f"{name}, {batch}: {told}\n")
+        report = profile(model, path, asked, **more)
+        told = report.json
+        sys.stderr.write("\n".join(map(str, report.renderables)) + "\n")
     else:
         told = {}
     with tempfile.TemporaryDirectory() as folder:
