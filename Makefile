@@ -118,7 +118,7 @@ latency-front: $(STAMP) ## the tables of docs/latency.md on networks of one meas
 	$(BIN)/python scripts/latency_front.py --only 0.5 --seeds 3 --page docs/latency.md
 	$(BIN)/python scripts/latency_front.py --model CIFAR-10 --page docs/latency.md
 
-latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape; ten minutes for batch 1 on a quiet machine, continues
+latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape (trained first, half an hour) and the reference; an hour on a quiet machine, continues
 	$(BIN)/python scripts/latency_share.py --page docs/latency.md
 
 engine-comparison: $(STAMP) ## the table of docs/export.md: engines of the unpruned and of the slim network, about a minute

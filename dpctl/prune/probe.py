@@ -66,7 +66,7 @@ class Probe:
             with torch.no_grad():
                 timesteps = torch.full((len(self.clean),), t, dtype=torch.long, device=self.clean.device)
                 given = (self.clean, self.noise, timesteps, self.conditions)
-                total += denoising_loss(unet, self.scheduler, *given).double().cpu()
+                total += denoising_loss(unet, self.scheduler, *given).cpu().double()
         if not total.isfinite().all():
             raise DpctlError(
                 "the denoising loss is not finite",
