@@ -139,9 +139,10 @@ def markdown(headings: Sequence[str], rows: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *rows, ""] if rows else []
 
 
-def table(done: dict[str, Entry], shares: Sequence[str]) -> list[str]:
-    """Return the lines of the table of the first seed's arms that are done."""
-    rows = [
+def table(done: dict[str, Entry], shares: Sequence[str], unpruned: Entry) -> list[str]:
+    """Return the lines of the table of the unpruned network and the first seed's arms that are done."""
+    whole = ["1", "unpruned", "1", "100 %", "100 %", f"{unpruned['loss']:.4f}", interval(fid_of(unpruned)), "", ""]
+    rows = [f"| {' | '.join(whole)} |"] + [
         f"| {share} | {method} | {' | '.join(cells(done[key_of(method, share)]))} |"
         for share in shares
         for method in METHODS
@@ -247,7 +248,9 @@ def main() -> int:
             key, recipe = key_of(method, share, seed), recipe_of(method, share, subject, seed)
             make(done, key, recipe, taking, lambda: write(out, document), cells)
         every = range(1 + max((entry["recipe"]["seed"] for entry in done.values()), default=0))
-        return "\n".join([*table(done, subject.shares), *differences(done, subject.shares, len(every))])
+        return "\n".join(
+            [*table(done, subject.shares, document["unpruned"]), *differences(done, subject.shares, len(every))]
+        )
 
     begin, end = (f"<!-- latency-{out.stem}: {which} -->" for which in ("begin", "end"))
     return tell(measured, asked.page, begin, end)

@@ -67,7 +67,7 @@ def write_random(name: str, out: Path) -> Path:
     """Write a pipeline of an architecture with random weights, the same ones every time; return its directory."""
     torch.manual_seed(0)
     with artifact.writing(out) as directory:
-        write_pipeline(directory, unet=ARCHITECTURES[name]().eval(), scheduler=DDPMScheduler())
+        write_pipeline(directory, unet=ARCHITECTURES[name](), scheduler=DDPMScheduler())
     return out
 
 

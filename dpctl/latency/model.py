@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from dpctl.prune.plan import Layer, Network, Side
-from dpctl.prune.terms import Term, gated
+from dpctl.prune.terms import Term, gated, rounded
 
 # Blocks of channels that kernels of processors and tensor cores work in, and outputs that they compute together.
 STEPS, TILES = (1, 4, 8, 16, 32), (32, 64, 128)
@@ -112,7 +112,7 @@ def _layers(
         else:  # a norm
             a = np.zeros_like(b)
         times = np.array([sample.layers.get(layer.name, 0.0) for sample in samples])
-        a, whole, b = _up(a, step), _up(b, tile) if tile else np.zeros_like(b), _up(b, step)
+        a, whole, b = rounded(a, step), rounded(b, tile) if tile else np.zeros_like(b), rounded(b, step)
         # A layer of a branch that is gone takes no time, whatever a profiler puts down to it.
         features = np.stack([np.ones_like(a), a, b, a * b, a * whole], 1) * there[:, None]
         (base, *per_side, per_product, per_tile), residual = _nonnegative(features, times * there, weights)
@@ -124,11 +124,6 @@ def _layers(
             terms[-1].append(more)
         left += residual**2
     return terms, left
-
-
-def _up(widths: np.ndarray, step: int) -> np.ndarray:
-    """Return widths rounded up to multiples of `step`."""
-    return np.ceil(widths / step) * step
 
 
 def _nonnegative(features: np.ndarray, times: np.ndarray, weights: np.ndarray) -> tuple[list[float], float]:

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dpctl.prune.plan import Layer, Network, Side
 
@@ -42,8 +43,8 @@ class Term:
         return self.base, self.per_input, self.per_output, self.per_product
 
 
-def rounded(width: int, step: int) -> int:
-    """Return a width rounded up to a multiple of `step`."""
+def rounded(width: Any, step: int) -> Any:
+    """Return a width, or an array of them, rounded up to a multiple of `step`."""
     return -(-width // step) * step
 
 
