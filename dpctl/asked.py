@@ -5,6 +5,8 @@ from typing import Any
 
 from dpctl import units
 
+UNMEASURED = "by a model of another machine, not measured"
+
 
 def goal(found: dict[str, Any]) -> str:
     """Return what was asked, of what, and where."""
@@ -12,6 +14,8 @@ def goal(found: dict[str, Any]) -> str:
     what = "a call of the network" if asked["of"] == "unet" else f"images in {asked['num_inference_steps']} steps"
     size = "x".join(map(str, asked["size"]))
     where = f"{asked['backend']}, {asked['precision']}, {asked['batch_size']} images ({asked['rows']} rows) of {size}"
+    if "threads" in asked:  # it is in what an older dpctl wrote where it was asked for
+        where += f", {asked['threads']} threads"
     return f"{asked['target']} of {what}: {asked['share']:.3f} on {where}"
 
 

@@ -60,7 +60,7 @@ def check(recipe: ChainRecipe) -> None:
         raise DpctlError("the chain measures what it exports", got, "leave precision out under [bench]")
     prune.check(recipe.prune)
     if recipe.prune.latency is not None:
-        latency.check_goal(recipe.prune.latency)
+        latency.check(recipe.prune)
         if recipe.rounds > 1:
             todo = "give target_macs, target_params or ratio, or one round"
             raise DpctlError("a latency target is met in one cut", f"{recipe.rounds} rounds", todo)
@@ -147,8 +147,13 @@ def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progres
 
 
 def prune_stage(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
-    """Prune a model of this digest, unless that is done."""
-    return _stage(out, recipe, digest, lambda: prune(model, out, recipe, force=True, bar=bar))
+    """Prune a model of this digest, unless that is done, by the same latency file where it is by one."""
+    from dpctl import latency
+
+    def same(found: Manifest) -> bool:
+        return recipe.latency is None or latency.planned_by(found) == latency.profile_digest(recipe.latency)
+
+    return _stage(out, recipe, digest, lambda: prune(model, out, recipe, force=True, bar=bar), same)
 
 
 def prune(
@@ -168,7 +173,7 @@ def preview_cut(model: str, recipe: PruneRecipe) -> dict[str, Any]:
     from dpctl import prune as pruning
 
     if recipe.latency is not None:
-        latency.check_goal(recipe.latency)
+        latency.check(recipe)
     return pruning.preview(model, recipe)
 
 
@@ -213,10 +218,20 @@ def _export(recipe: ChainRecipe, model: Path, out: Path, digest: str, bar: progr
     return _stage(out, wanted, digest, work)
 
 
-def _stage(out: Path, recipe: Any, parent: str, work: Callable[[], Manifest]) -> Manifest:
-    """Return the manifest of `out` if it is what this stage would make, else do the work."""
+def _stage(
+    out: Path,
+    recipe: Any,
+    parent: str,
+    work: Callable[[], Manifest],
+    same: Callable[[Manifest], bool] = lambda _: True,
+) -> Manifest:
+    """Return the manifest of `out` if it is what this stage would make, else do the work.
+
+    `same` compares what the recipe only names.
+    """
     found = artifact.read_manifest(out) if out.is_dir() else None
-    if found is not None and differing(found.recipe, recipe) is None and found.parent == parent and _intact(out, found):
+    made = found is not None and differing(found.recipe, recipe) is None and found.parent == parent
+    if found is not None and made and same(found) and _intact(out, found):
         progress.say(f"{out.name}: done before, skipped")
         return found
     progress.say(f"{out.name}: running")

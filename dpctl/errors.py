@@ -19,6 +19,18 @@ class DpctlError(Exception):
         return f"{self.failed}\n  got: {self.got}\n  do:  {self.todo}"
 
 
+class MetAlready(DpctlError):
+    """A target that is met as things are: there is nothing to do."""
+
+
+class OutOfReach(DpctlError):
+    """A target below what can be had at all; `floor` is the least, in the target's own unit."""
+
+    def __init__(self, failed: str, got: str, todo: str, floor: float) -> None:
+        super().__init__(failed, got, todo)
+        self.floor = floor
+
+
 class GateError(DpctlError):
     """A promised property was measured and is not met (parity, regression): exit code 3."""
 

@@ -126,7 +126,7 @@ def _latency(stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "latency asked", asked.goal(found)
     for macs, predicted, measured, chosen in asked.candidates(found):
         told = [f"predicted {predicted}"] if predicted else []
-        told += [measured or "by a model of another machine, not measured", *(["chosen"] if chosen else [])]
+        told += [measured or asked.UNMEASURED, *(["chosen"] if chosen else [])]
         yield f"at {macs} MACs", ", ".join(told)
 
 

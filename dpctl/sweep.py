@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpctl import chain, progress
-from dpctl.errors import DpctlError
-from dpctl.recipe import LatencyRecipe, PruneRecipe, SweepRecipe, to_dict
+from dpctl.errors import DpctlError, MetAlready, OutOfReach
+from dpctl.recipe import TARGETS, FinetuneRecipe, LatencyRecipe, PruneRecipe, SweepRecipe, to_dict
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,30 @@ def check(recipe: SweepRecipe) -> None:
     if any(steps < 0 for steps in recipe.steps):
         got = ", ".join(map(str, recipe.steps))
         raise DpctlError("a finetune has a negative number of steps", got, "give 0 (none) or more")
-    for cut, steps in itertools.product(cuts(recipe), recipe.steps):
+    _require_read(recipe)
+    made = cuts(recipe)
+    if len({cut.name for cut in made}) != len(made):
+        got = ", ".join(recipe.target_latency)
+        raise DpctlError("a sweep needs different targets", got, "leave out what is the same in other words")
+    for cut, steps in itertools.product(made, recipe.steps):
         chain.check(as_chain(recipe, cut, max(1, steps)))
+
+
+def _require_read(recipe: SweepRecipe) -> None:
+    """Raise a DpctlError for an entry of a stage's recipe that the grid takes the place of."""
+    stages = {
+        "criteria": (recipe.prune, PruneRecipe(), ("criterion",)),
+        "target_macs": (recipe.prune, PruneRecipe(), TARGETS),
+        "target_latency": (recipe.prune.latency or LatencyRecipe(), LatencyRecipe(), ("target",)),
+        "steps": (recipe.finetune, FinetuneRecipe(), ("steps",)),
+    }
+    for grid, (stage, plain, names) in stages.items():
+        for name in names:
+            if getattr(stage, name) != getattr(plain, name):
+                got = f"{name} {getattr(stage, name)} under a stage"
+                raise DpctlError("the grid says what every cell does", got, f"give it as {grid} of the sweep")
+    if recipe.prune.latency is not None and not recipe.target_latency:
+        raise DpctlError("nothing would read [prune.latency]", "no target_latency", "give some, or leave the table out")
 
 
 def as_chain(recipe: SweepRecipe, cut: Cut, steps: int) -> chain.ChainRecipe:
@@ -83,14 +105,26 @@ def preview(recipe: SweepRecipe) -> dict[str, Any]:
 def sweep(recipe: SweepRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Any:
     """Make every cell of the grid below `out`, measure them all, and return the bench's result.
 
-    A run that was stopped goes on where it was. Raises what the stages raise.
+    A run that was stopped goes on where it was. A target that a cut cannot meet leaves its cells out, and is told at
+    the end. Raises what the stages raise, and that where no cell is left.
     """
+    from dpctl import latency
+
     check(recipe)
+    for cut in cuts(recipe):
+        if cut.recipe.latency is not None:
+            latency.rehearse(recipe.model, cut.recipe)
+            break  # the others differ in criterion and target alone
     made: list[str] = []
+    unmet: dict[str, DpctlError] = {}
     digest = chain.source_digest(recipe.model)
     for cut in cuts(recipe):
         folder = out / cut.name
-        pruned = chain.prune_stage(recipe.model, folder / "pruned", cut.recipe, digest, bar)
+        try:
+            pruned = chain.prune_stage(recipe.model, folder / "pruned", cut.recipe, digest, bar)
+        except (MetAlready, OutOfReach) as problem:
+            unmet[cut.name] = problem
+            continue
         for steps in recipe.steps:
             if steps == 0:
                 made.append(str(folder / "pruned"))
@@ -98,10 +132,15 @@ def sweep(recipe: SweepRecipe, out: Path, *, bar: progress.Bar = progress.no_bar
             tuned = dataclasses.replace(recipe.finetune, steps=steps)
             chain.finetune_stage(folder / "pruned", folder / _name(steps), tuned, pruned.digest, bar)
             made.append(str(folder / _name(steps)))
+    if not made:
+        raise next(iter(unmet.values()))
     measured = dataclasses.replace(
         recipe.bench, baseline=recipe.model, candidates=tuple(made), precision=recipe.export.precision
     )
-    return chain.bench_stage(measured, out / "bench", [], bar)
+    result = chain.bench_stage(measured, out / "bench", [], bar)
+    for name, why in unmet.items():
+        progress.say(f"{name} is left out: {why.failed} ({why.got})")
+    return result
 
 
 def _name(steps: int) -> str:

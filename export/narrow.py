@@ -21,7 +21,7 @@ from dpctl.models import copy_components, load_scheduler, write_index
 from dpctl.signature import HEIGHT, OUTPUT, WIDTH, Signature, of_unet
 from export import golden, graph, half, verify
 from export.precision import tensor_types
-from export.shapes import INSTEAD
+from export.shapes import NotNarrowed
 from export.widths import rewiden
 from runtime.backends.ort import exported as exported_manifest
 from runtime.backends.ort import graph_of, refuse_failed
@@ -35,7 +35,7 @@ def narrow(exported: Path, slim_unet: Any, out: Path) -> None:
 
     `slim_unet` has the layers of the exported network, of any widths, and its weights: float32, on the processor, in
     eval mode. Every backend opens and times `out` as an export of that network; it holds neither golden values nor
-    engines, and its parity is not run. Raises a DpctlError, and writes nothing, for a network of other layers, a
+    engines, and its parity is not run. Raises NotNarrowed, and writes nothing, for a network of other layers, a
     constant of the graph that the widths do not determine, and a graph that does not give torch's output on one small
     input.
     """
@@ -60,7 +60,7 @@ def _require_same_signature(unet: Any, signature: Signature) -> None:
     if own != signature:
         tensors = [{t.name: t.shape for t in (*each.inputs, *each.outputs)} for each in (own, signature)]
         got = "{} against {}".format(*(", ".join(f"{n} {list(s)}" for n, s in each.items()) for each in tensors))
-        raise DpctlError("the network has other inputs or outputs than the graph", got, INSTEAD)
+        raise NotNarrowed(got, "the network has other inputs or outputs than the graph")
 
 
 def _write_components(exported: Path, directory: Path, unet: Any) -> None:
@@ -88,7 +88,7 @@ def _write_graph(source: Path, directory: Path, manifest: Manifest, unet: Any, s
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as problem:
         got = str(problem).strip().splitlines()[0]
-        raise DpctlError("the graph cannot be narrowed to this network", got, INSTEAD) from None
+        raise NotNarrowed(got) from None
     # How many weights became zero is of the other network.
     told = {name: value for name, value in manifest.stats.get("precision", {}).items() if name != "weights"}
     return told | {"tensors": tensor_types(model)}
@@ -139,5 +139,5 @@ def _rows(directory: Path, unet: Any, signature: Signature) -> dict[str, torch.T
     return golden.with_outputs(Network(unet).eval(), given)
 
 
-def _differs(got: str) -> DpctlError:
-    return DpctlError("the narrowed graph does not give the network's outputs", got, INSTEAD)
+def _differs(got: str) -> NotNarrowed:
+    return NotNarrowed(got, "the narrowed graph does not give the network's outputs")

@@ -13,12 +13,18 @@ from dpctl.errors import DpctlError
 
 # Of a constant whose value may decide about a shape: as many numbers as a few axes need.
 SMALL = 64
-INSTEAD = "export the network itself"
 
 
-def underivable(node: ir.Node, got: str) -> DpctlError:
-    """Return the error for what the new widths do not determine; the caller may export the network instead."""
-    return DpctlError("the graph cannot be narrowed to this network", f"{node.name}: {got}", INSTEAD)
+class NotNarrowed(DpctlError):
+    """A graph that cannot be narrowed to a network; the caller may export that instead."""
+
+    def __init__(self, got: str, failed: str = "the graph cannot be narrowed to this network") -> None:
+        super().__init__(failed, got, "export the network itself")
+
+
+def underivable(node: ir.Node, got: str) -> NotNarrowed:
+    """Return the error for what the new widths do not determine."""
+    return NotNarrowed(f"{node.name}: {got}")
 
 
 def node_shapes(node: ir.Node) -> onnx.NodeProto:

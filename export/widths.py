@@ -16,10 +16,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
-from dpctl.errors import DpctlError
 from export.branches import take_out
 from export.precision import PRECISIONS
-from export.shapes import INSTEAD, Shapes, aimed_at, node_shapes, underivable
+from export.shapes import NotNarrowed, Shapes, aimed_at, node_shapes, underivable
 
 # A batch no other axis has the length of, so that a product with it in it is recognized. Nothing is computed at it.
 BATCH = 10007
@@ -85,7 +84,7 @@ class _Rewidening:
         ]
         if unused:
             got = f"{unused[0]} has no place in the graph; {len(unused)} tensors have none"
-            raise DpctlError("the network is not of the graph's layers", got, INSTEAD)
+            raise NotNarrowed(got, "the network is not of the graph's layers")
 
     def _module(self, node: ir.Node) -> tuple[str, nn.Module | None]:
         name = str(node.name).rpartition("/")[0]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from dpctl import artifact, chain, sweep
+from dpctl import artifact, chain, environment, sweep
 from dpctl.errors import DpctlError
+from dpctl.latency.document import Profile
 from dpctl.recipe import BenchRecipe, FinetuneRecipe, LatencyRecipe, PruneRecipe, SweepRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,12 @@ def test_a_second_sweep_does_nothing_and_a_longer_one_the_rest(
         ({"criteria": ("magnitud",)}, "unknown criterion"),
         ({"target_macs": (1.5,)}, "outside"),
         ({"target_latency": ("fast",)}, "no fraction and no time"),
+        ({"target_latency": ("3ms", "3 ms")}, "different targets"),
+        ({"target_latency": ("0.5",), "prune": PruneRecipe(latency=LatencyRecipe("0.6"))}, "as target_latency of"),
+        ({"prune": PruneRecipe(latency=LatencyRecipe(backend="ov"))}, r"nothing would read \[prune.latency\]"),
+        ({"prune": PruneRecipe(ratio=0.3)}, "as target_macs of"),
+        ({"prune": PruneRecipe("taylor")}, "as criteria of"),
+        ({"finetune": FinetuneRecipe(steps=7)}, "as steps of"),
         ({"finetune": FinetuneRecipe(learning_rate=0.0)}, "learning rate is out of range"),
     ],
 )
@@ -95,8 +102,39 @@ def test_latencies_are_targets_where_the_recipe_says(recipe: SweepRecipe) -> Non
     assert found["random/latency-3ms"].target_macs is None
 
 
+def test_a_latency_that_cannot_be_planned_stops_the_sweep_before_the_first_cell(
+    recipe: SweepRecipe, tmp_path: Path
+) -> None:
+    """Of a recipe and what is installed it is a mistake; of a file it may be only with this model."""
+    latencies = (LatencyRecipe(backend="trt"), LatencyRecipe(model=str(tmp_path / "none.json")), _of_another(tmp_path))
+    for latency, message in zip(latencies, ("NVIDIA GPU", "no such latency file", "another model"), strict=True):
+        prune = dataclasses.replace(recipe.prune, latency=latency)
+        with pytest.raises(DpctlError, match=message):
+            sweep.sweep(dataclasses.replace(recipe, target_latency=("0.5",), prune=prune), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def _of_another(folder: Path) -> LatencyRecipe:
+    """Return the recipe of a latency file of another network."""
+    conditions = {"backend": "ort", "precision": "fp32", "batch_size": 1, "rows": 1, "size": [8, 8], "threads": 1}
+    Profile("another", conditions, environment.describe(), 0, 0.01).write(folder / "latency.json")
+    return LatencyRecipe(model=str(folder / "latency.json"))
+
+
+def test_targets_out_of_reach_leave_their_cells_out_and_are_told(
+    recipe: SweepRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chain, "bench_stage", lambda measured, *_: measured.candidates)
+    few = dataclasses.replace(recipe, criteria=("magnitude",), steps=(0,))
+    made = sweep.sweep(dataclasses.replace(few, target_macs=(1e-6, 0.6)), tmp_path / "out")
+    assert made == (str(tmp_path / "out" / "magnitude" / "macs-0.6" / "pruned"),)
+    assert "magnitude/macs-1e-06 is left out: the target cannot be reached (macs" in capfd.readouterr().err
+    with pytest.raises(DpctlError, match="the target cannot be reached"):
+        sweep.sweep(dataclasses.replace(few, target_macs=(1e-6,)), tmp_path / "none")
+
+
 def test_the_command_shows_the_grid_of_a_recipe(dpctl: Any, tmp_path: Path) -> None:
     shown = dpctl("sweep", ROOT / "examples" / "sweep.toml", "--dry-run", "--out", tmp_path / "out")
     assert shown.code == 0, shown.err
-    assert '"diff-pruning/macs-0.5/finetuned-400"' in shown.out
+    assert '"diff-pruning/macs-0.5/finetuned-200"' in shown.out
     assert not (tmp_path / "out").exists()

@@ -310,7 +310,16 @@ def _copy_kept(source: Model, directory: Path) -> None:
 def _inherited(source: Model) -> dict[str, Any]:
     """Return the figures of the pruning that stay true of the finetuned network."""
     stats = source.manifest.stats if source.manifest is not None else {}
-    cut = ("unpruned", "requested", "achieved", "widths", "left_alone", "in_parts", "regrouped_norms")
+    cut = (
+        "unpruned",
+        "unpruned_config",
+        "requested",
+        "achieved",
+        "widths",
+        "left_alone",
+        "in_parts",
+        "regrouped_norms",
+    )
     told = (*cut, "compensation", "sensitivity", "latency")
     return {name: stats[name] for name in told if name in stats}
 

@@ -12,14 +12,16 @@ from typing import Any
 
 from dpctl import artifact, progress
 from dpctl.artifact import Manifest
-from dpctl.errors import DpctlError
+from dpctl.errors import MetAlready
 from dpctl.latency.build import Exports
 from dpctl.latency.clock import Clock
-from dpctl.latency.goal import Goal
+from dpctl.latency.document import Profile, read_profile
+from dpctl.latency.goal import Goal, require_backend
 from dpctl.latency.goal import check as check_goal
 from dpctl.latency.predicted import Prediction, correct, open_prediction
-from dpctl.latency.search import Build, Planner, choose, search
-from dpctl.models import load_model
+from dpctl.latency.search import Build, Planner, choose, met_already, search
+from dpctl.latency.widths import check as check_planned
+from dpctl.models import Model, load_model
 from dpctl.prune import Scored
 from dpctl.recipe import LatencyRecipe, PruneRecipe, to_dict
 
@@ -34,21 +36,58 @@ def prune_to_latency(
     """
     from dpctl import prune as pruning
 
-    wanted = recipe.latency
-    assert wanted is not None
     pruning.check(recipe)
-    goal = check_goal(wanted)
+    wanted, goal = recipe.latency, check(recipe)
+    assert wanted is not None
     artifact.refuse_existing(out, force=force)
     source = load_model(model)
     with tempfile.TemporaryDirectory() as folder:
-        exports = Exports(source, recipe, Path(folder))
-        prediction = open_prediction(wanted, source, exports)  # a wrong file is told before anything is scored
+        # A wrong file is told before anything is scored.
+        exports, found, prediction = _opened(source, recipe, Path(folder))
         scored = pruning.score(source, recipe, bar=bar)
         share, builds = _builds(goal, scored, recipe, exports, prediction, bar)
     chosen = choose(builds, share)
     pruned = pruning.cut(scored, chosen.candidate.plan, chosen.candidate.stock, recipe, refit=scored.refits, bar=bar)
-    stats = _stats(pruned.stats, wanted, exports, share, builds, chosen)
-    return pruning.write(out, source, dataclasses.replace(pruned, stats=stats), recipe, force=force)
+    if not pruned.kept:
+        raise met_already(share, chosen.share)
+    stats = _stats(pruned.stats, wanted, exports, found, share, builds, chosen)
+    pruned, more = dataclasses.replace(pruned, stats=stats), pruning.scanned(source, recipe, bar)
+    return pruning.write(out, source, pruned, recipe, force=force, **more)
+
+
+def check(recipe: PruneRecipe) -> Goal:
+    """Return the goal of a recipe's latency. Raises a DpctlError for what no model could be cut by."""
+    assert recipe.latency is not None
+    goal = check_goal(recipe.latency)
+    if recipe.latency.model is not None:
+        check_planned(recipe)
+        read_profile(Path(recipe.latency.model))
+    return goal
+
+
+def rehearse(model: str, recipe: PruneRecipe) -> None:
+    """Raise what a model and a recipe would be refused for before anything is scored or timed."""
+    check(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        _opened(load_model(model), recipe, Path(folder))
+
+
+def _opened(source: Model, recipe: PruneRecipe, folder: Path) -> tuple[Exports, Profile | None, Prediction | None]:
+    """Return what exports candidates and, where there is a latency file, that and what it predicts of the model."""
+    wanted = recipe.latency
+    assert wanted is not None
+    found = read_profile(Path(wanted.model)) if wanted.model is not None else None
+    if found is None or found.is_from_here:
+        require_backend(wanted.backend)
+    if found is None:
+        return Exports(source, recipe, folder), None, None
+    if told := found.elsewhere():
+        what = "predictions may be off" if found.is_from_here else "latencies are predicted, and not measured here"
+        progress.say(f"{wanted.model} was made elsewhere ({told}): {what}")
+    if wanted.threads is None:  # as many as the file is of
+        wanted = dataclasses.replace(wanted, threads=found.conditions["threads"])
+    exports = Exports(source, dataclasses.replace(recipe, latency=wanted), folder)
+    return exports, found, open_prediction(found, wanted, source, exports)
 
 
 def _builds(
@@ -70,22 +109,42 @@ def _builds(
 
 def _require_smaller(share: float, wanted: LatencyRecipe) -> None:
     if share >= 1.0:
-        got = f"{wanted.target} is {share:.3f} of what it takes now"
-        raise DpctlError("the model meets the target already", got, "ask for less than that")
+        got = f"{wanted.target} is {share:.3f} of what the unpruned model takes"
+        raise MetAlready("the model meets the target already", got, "ask for less than that")
 
 
 def _stats(
-    stats: dict[str, Any], wanted: LatencyRecipe, exports: Exports, share: float, builds: list[Build], chosen: Build
+    stats: dict[str, Any],
+    wanted: LatencyRecipe,
+    exports: Exports,
+    profile: Profile | None,
+    share: float,
+    builds: list[Build],
+    chosen: Build,
 ) -> dict[str, Any]:
     """Return a cut's stats with what was asked of its latency, and what every candidate took."""
-    told = {
-        "asked": {**to_dict(wanted), "share": share, "rows": exports.rows, "size": list(exports.size)},
+    where = {"threads": exports.threads, "rows": exports.rows, "size": list(exports.size)}
+    told: dict[str, Any] = {
+        "asked": {**to_dict(wanted), "share": share, **where},
         "chosen": builds.index(chosen),
         "builds": [build.to_json() for build in builds],
     }
+    if profile is not None:
+        told["profile"] = {"digest": profile.digest, "elsewhere": profile.elsewhere()}
     name = "latency" if chosen.timed is not None else "predicted_latency"
     return stats | {
         "requested": {"target_latency": share},
         "achieved": stats["achieved"] | {name: chosen.share},
         "latency": told,
     }
+
+
+def profile_digest(wanted: LatencyRecipe) -> str | None:
+    """Return the digest of the latency file that a recipe plans by; None without one."""
+    return read_profile(Path(wanted.model)).digest if wanted.model is not None else None
+
+
+def planned_by(manifest: Manifest) -> str | None:
+    """Return the digest of the latency file that a cut was planned by; None without one."""
+    digest = manifest.stats.get("latency", {}).get("profile", {}).get("digest")
+    return str(digest) if digest is not None else None

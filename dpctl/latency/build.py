@@ -6,17 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpctl import progress
 from dpctl.bench.subjects import ENGINES
-from dpctl.errors import DpctlError
 from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select
 from dpctl.prune.surgery import kept_indices, slim
 from dpctl.prune.target import trace
-from dpctl.prune.unpruned import unpruned_unet
+from dpctl.prune.unpruned import unpruned_network
 from dpctl.recipe import EngineRecipe, ExportRecipe, PruneRecipe
 from dpctl.signature import rows_of, sample_size
 from export.engines import export_engine
 from export.narrow import narrow
+from export.shapes import NotNarrowed
 from export.to_onnx import export_model
 
 
@@ -44,7 +45,7 @@ class Exports:
         # Of a call of the network the other components are no part: a text encoder is gigabytes to copy.
         alone = recipe.latency.of == "unet"
         self._source = replace(source, directory=unet_directory(source.directory)) if alone else source
-        self._folder, self._made = folder, 0
+        self._folder, self._made, self._told = folder, 0, False
         self._whole, self._backend = folder / "unpruned", recipe.latency.backend
         # Branches may be gone, whether or not this recipe takes any: a latency model knows of them.
         self.groups, self.network, _ = trace(source, replace(recipe, depth=True))
@@ -57,7 +58,7 @@ class Exports:
 
     def baseline(self) -> Path:
         """Export the unpruned network. Of a model that was pruned before its shape is enough, with random weights."""
-        unpruned = unpruned_unet(self._source.unet)
+        unpruned = unpruned_network(self._source)
         if unpruned is None:
             export_model(self._source, self._whole, self._recipe)
         else:
@@ -78,7 +79,10 @@ class Exports:
         out = self._folder / f"network {self._made}"
         try:
             narrow(self._whole, small, out)
-        except DpctlError:  # the graph has a constant that the widths do not determine
+        except NotNarrowed as problem:  # the graph has a constant that the widths do not determine, say
+            if not self._told:
+                progress.say(f"{problem.failed} ({problem.got}): each is exported anew, which takes a while")
+            self._told = True
             self._export(small, out)
         return self._runnable(out)
 

@@ -62,9 +62,11 @@ class Clock:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Self:
-        worker = self._stack.enter_context(Worker("the unpruned network", self.threads))
-        self._base = self._open(self.baseline, worker)
-        self._base()
+        with ExitStack() as opened:  # a process that does not open what it should ends here
+            worker = opened.enter_context(Worker("the unpruned network", self.threads))
+            self._base = self._open(self.baseline, worker)
+            self._base()
+            self._stack = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

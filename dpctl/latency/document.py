@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpctl import environment
+from dpctl import artifact, environment
 from dpctl.errors import DpctlError
 from dpctl.latency.model import Sample
 from dpctl.recipe import LatencyRecipe
@@ -15,8 +16,13 @@ from dpctl.recipe import LatencyRecipe
 FORMAT_VERSION = 2
 # What a prediction is of: another of these is another latency.
 CONDITIONS = ("backend", "precision", "batch_size", "rows", "size", "threads")
-# What makes two machines unlike, of what `environment.describe` says: these, and the versions of what runs networks.
-MACHINE, RUNTIMES = ("processor", "gpu"), ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+# What makes two machines unlike, of what `environment.describe` says, and what runs the networks of each backend.
+MACHINE = ("processor", "gpu")
+RUNTIMES = {
+    "ort": ("onnxruntime", "onnxruntime-gpu"),
+    "ov": ("openvino",),
+    "trt": ("tensorrt", "tensorrt-rtx"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,26 @@ class Profile:
 
     @property
     def is_from_here(self) -> bool:
-        """Tell whether it was made on a machine like this one."""
-        there, here = (
-            [*(each.get(name) for name in MACHINE), *(each.get("libraries", {}).get(name) for name in RUNTIMES)]
-            for each in (self.environment, environment.describe())
-        )
-        return there == here
+        """Tell whether it was made on a machine like this one: what it predicts can be measured here."""
+        return not _differing(self.environment, environment.describe(), MACHINE)
+
+    def elsewhere(self) -> str:
+        """Return in words what is not as it was where it was made: the machine, and the version of what runs networks.
+
+        Empty where all is.
+        """
+        there, here = self.environment, environment.describe()
+        libraries = [each.get("libraries", {}) for each in (there, here)]
+        runtimes = RUNTIMES.get(self.conditions["backend"], ())
+        return "; ".join([*_differing(there, here, MACHINE), *_differing(libraries[0], libraries[1], runtimes)])
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the file's text."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def _text(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     def with_sample(self, sample: Sample, *, held_out: bool) -> "Profile":
         """Return the file with another network that was run."""
@@ -53,11 +73,19 @@ class Profile:
         return replace(self, samples=(*self.samples, sample))
 
     def write(self, path: Path) -> None:
-        """Write the file: whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the file: whole or not at all. Raises a DpctlError where the system refuses."""
         temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with artifact.no_space_left_explained(path):
+            try:
+                temporary.write_text(self._text(), encoding="utf-8")
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    pairs = ((name, there.get(name), here.get(name)) for name in names)
+    return [f"{name} {one or 'none'}, here {other or 'none'}" for name, one, other in pairs if one != other]
 
 
 def read_profile(path: Path) -> Profile:
@@ -77,19 +105,40 @@ def read_profile(path: Path) -> Profile:
             raise TypeError("architecture or seed")
         samples, held_out = (tuple(_sample(each) for each in values[name]) for name in ("samples", "held_out"))
         conditions, made_on = dict(values["conditions"]), dict(values["environment"])
-        described = (values["architecture"], conditions, made_on, values["seed"], float(values["baseline_s"]))
+        described = (values["architecture"], conditions, made_on, values["seed"], _latency(values["baseline_s"]))
+        if missing := [name for name in CONDITIONS if name not in conditions]:
+            raise ValueError(f"no {missing[0]}")
         return Profile(*described, samples, held_out)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise DpctlError("the latency file is damaged", f"{path}: {problem}", todo) from None
 
 
 def _sample(values: Mapping[str, Any]) -> Sample:
-    latency_s, widths, layers = values["latency_s"], values["widths"], values["layers"]
-    if not (isinstance(latency_s, float) and latency_s > 0):
-        raise ValueError(f"a latency of {latency_s}")
+    widths, layers = values["widths"], values["layers"]
     if not all(type(width) is int and width >= 0 for width in widths.values()):
         raise ValueError("a width that is none")
-    return Sample(widths, {name: float(time) for name, time in layers.items()}, latency_s)
+    if not all(isinstance(took, float) and 0 <= took < math.inf for took in layers.values()):
+        raise ValueError("a layer's time that is none")
+    return Sample(widths, layers, _latency(values["latency_s"]))
+
+
+def _latency(value: Any) -> float:
+    if not (isinstance(value, float) and 0 < value < math.inf):
+        raise ValueError(f"a latency of {value}")
+    return value
+
+
+def require_writable(path: Path) -> None:
+    """Raise a DpctlError where a latency file cannot be written, before anything is timed."""
+    if path.is_dir():
+        raise DpctlError("the output is a directory", str(path), "give a file, such as latency.json")
+    with artifact.no_space_left_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.writing")
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def architecture_of(unet: Any) -> str:

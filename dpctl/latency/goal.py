@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from dpctl import registry, units
+from dpctl.bench.subjects import ENGINES
 from dpctl.errors import DpctlError
 from dpctl.recipe import LATENCIES_OF, ExportRecipe, LatencyRecipe
 from runtime import BACKENDS
@@ -43,6 +44,15 @@ def read_goal(text: str) -> Goal:
     return Goal(latency_s=latency_s)
 
 
+def require_backend(name: str) -> None:
+    """Raise a DpctlError that says what to install, or that there is no GPU, where a backend cannot run here."""
+    module = registry.load(BACKENDS, name, "backend")
+    if name == ENGINES:
+        module.find_gpu(None)
+    else:
+        module.require()
+
+
 def check(recipe: LatencyRecipe) -> Goal:
     """Return the goal of a recipe. Raises a DpctlError for anything in it that cannot be measured."""
     from export.to_onnx import check as check_export
@@ -65,7 +75,8 @@ def check(recipe: LatencyRecipe) -> Goal:
     if recipe.model is not None and recipe.of != "unet":
         got = f"a latency of {recipe.of}, and {recipe.model}"
         raise DpctlError("a latency file is of calls of the network", got, "leave --latency-of or --latency-model out")
-    numbers = (recipe.batch_size, recipe.num_inference_steps, recipe.threads or 1)
+    threads = 1 if recipe.threads is None else recipe.threads
+    numbers = (recipe.batch_size, recipe.num_inference_steps, threads)
     if min(numbers) < 1:
         got = f"batch {recipe.batch_size}, steps {recipe.num_inference_steps}, threads {recipe.threads}"
         raise DpctlError("a number of the latency target is below 1", got, "give 1 or more")

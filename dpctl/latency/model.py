@@ -21,6 +21,8 @@ from dpctl.prune.terms import Term, gated, rounded
 STEPS, TILES = (1, 4, 8, 16, 32), (32, 64, 128)
 # A tile is believed in where it leaves less than this part of the squares: with one more coefficient some go anyway.
 SHOWS = 0.95
+# So many networks have an order that can be compared.
+RANKED = 3
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,20 @@ class LatencyModel:
         """Return what a network of these widths takes, in seconds."""
         return float(self.constant_s + sum(term.cost(widths) for term in self.terms))
 
+    def holding(self, widths: Mapping[str, int]) -> "LatencyModel":
+        """Return the model of the same network with these groups fixed at these widths: what is planned are others."""
+        terms = (
+            replace(term, inputs=_holding(term.inputs, widths), outputs=_holding(term.outputs, widths))
+            for term in self.terms
+        )
+        return replace(self, terms=tuple(terms))
+
 
 @dataclass(frozen=True)
 class Accuracy:
     """How far predictions are from what networks took that the model has not seen."""
 
-    rank_correlation: float
+    rank_correlation: float | None
     median_error: float
     worst_error: float
     pairs: tuple[tuple[float, float], ...]
@@ -138,6 +148,11 @@ def _volume(network: Network, widths: Mapping[str, int]) -> float:
     return float(sum(layer.positions * layer.outputs.width(widths) for layer in there))
 
 
+def _holding(side: Side, widths: Mapping[str, int]) -> Side:
+    held = sum(times * widths[name] for name, times in side.repeats.items() if name in widths)
+    return Side(side.fixed + held, {name: times for name, times in side.repeats.items() if name not in widths})
+
+
 def _with_output(term: Term, layer: Layer, per_value: float) -> Term:
     """Charge a layer for what is done with its outputs, value by value."""
     return replace(term, per_output=term.per_output + per_value * layer.positions)
@@ -153,5 +168,6 @@ def accuracy(model: LatencyModel, samples: Sequence[Sample]) -> Accuracy:
     pairs = [(model.predict(sample.widths), sample.latency_s) for sample in samples]
     predicted, measured = np.array(pairs).T
     errors = np.abs(predicted / measured - 1.0)
-    rank = float(spearmanr(predicted, measured).statistic)
+    # Two or fewer have no order to speak of.
+    rank = float(spearmanr(predicted, measured).statistic) if len(pairs) >= RANKED else None
     return Accuracy(rank, float(np.median(errors)), float(errors.max()), tuple(pairs))

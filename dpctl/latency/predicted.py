@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpctl import progress
+from dpctl.errors import OutOfReach
 from dpctl.latency.build import Candidate, Exports
 from dpctl.latency.clock import Clock
-from dpctl.latency.document import architecture_of, conditions, read_profile, require_fitting
+from dpctl.latency.document import Profile, architecture_of, conditions, require_fitting
 from dpctl.latency.model import LatencyModel
-from dpctl.latency.profile import fitted
+from dpctl.latency.profile import fitted, unrestricted
 from dpctl.latency.search import CLOSE, Build, tell, timed
 from dpctl.latency.widths import plan_within
 from dpctl.models import Model
@@ -17,6 +18,8 @@ from dpctl.prune.unpruned import unpruned_costs
 from dpctl.recipe import LatencyRecipe, PruneRecipe
 
 CORRECTIONS = 3
+# A sum in another order may come out larger by this part.
+TIE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,32 @@ class Prediction:
     is_from_here: bool
 
     def foretell(self, scored: Scored, recipe: PruneRecipe, share: float) -> Build:
-        """Return the candidate that is predicted to take a share of the unpruned network's latency, at most."""
-        plan, stock = plan_within(scored, recipe, self.model, share * self.baseline_s)
+        """Return the candidate that is predicted to take a share of the unpruned network's latency, at most.
+
+        Raises OutOfReach for a share below the predicted floor.
+        """
+        plan, stock = plan_within(scored, recipe, self.model, share, self.baseline_s)
         macs = scored.network.cost("macs", plan.widths()) / unpruned_costs(scored.source)["macs"]
         return Build(Candidate(plan, stock, macs), None, self.model.predict(plan.widths()) / self.baseline_s)
 
+    def nearest(self, scored: Scored, recipe: PruneRecipe, share: float) -> Build:
+        """Return the same, or where the share is below the predicted floor, the network that is the floor."""
+        try:
+            return self.foretell(scored, recipe, share)
+        except OutOfReach as problem:
+            return self.foretell(scored, recipe, (1.0 + TIE) * problem.floor / self.baseline_s)
 
-def open_prediction(wanted: LatencyRecipe, source: Model, exports: Exports) -> Prediction | None:
-    """Read the recipe's latency file; None without one. Raises a DpctlError for one of something else."""
-    if wanted.model is None:
-        return None
-    path = Path(wanted.model)
-    found = read_profile(path)
+
+def open_prediction(found: Profile, wanted: LatencyRecipe, source: Model, exports: Exports) -> Prediction:
+    """Return what a latency file predicts of a model. Raises a DpctlError for one of something else."""
+    assert wanted.model is not None
     wanted_here = conditions(wanted, exports.rows, exports.size, exports.threads)
-    require_fitting(found, architecture_of(source.unet), wanted_here, path)
-    return Prediction(fitted(found, exports.network), found.baseline_s, found.is_from_here)
+    require_fitting(found, architecture_of(source.unet), wanted_here, Path(wanted.model))
+    # Networks of all widths were timed: groups that this cut leaves alone are as wide as they are.
+    network = unrestricted(source)
+    free = {span.name for span in exports.network.spans}
+    held = {name: width for name, width in network.full().items() if name not in free}
+    return Prediction(fitted(found, network).holding(held), found.baseline_s, found.is_from_here)
 
 
 def correct(
@@ -54,12 +68,15 @@ def correct(
     share: float,
     bar: progress.Bar,
 ) -> list[Build]:
-    """Build and time the predicted network, and again with a corrected target until it is close, CORRECTIONS times."""
+    """Build and time the predicted network, and again with a corrected target until it is close, CORRECTIONS times.
+
+    A floor is no more than a prediction either: the network that is the floor is built where the target is below it.
+    """
     builds: list[Build] = []
     target = share
     with bar("latency", 1 + CORRECTIONS) as advance:
         for _ in range(1 + CORRECTIONS):
-            foretold = prediction.foretell(scored, recipe, target)
+            foretold = prediction.nearest(scored, recipe, target)
             assert foretold.predicted is not None
             if any(foretold.candidate.widths == each.candidate.widths for each in builds):
                 break

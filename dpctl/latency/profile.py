@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,21 @@ from dpctl.errors import DpctlError
 from dpctl.inspect import Report
 from dpctl.latency.build import Exports
 from dpctl.latency.clock import Clock, Precision
-from dpctl.latency.document import CONDITIONS, Profile, architecture_of, conditions, read_profile, require_fitting
-from dpctl.latency.goal import check
+from dpctl.latency.document import (
+    CONDITIONS,
+    Profile,
+    architecture_of,
+    conditions,
+    read_profile,
+    require_fitting,
+    require_writable,
+)
+from dpctl.latency.goal import check, require_backend
 from dpctl.latency.model import Accuracy, LatencyModel, Sample, accuracy, fit
 from dpctl.latency.sampling import stratified
-from dpctl.models import load_model
+from dpctl.models import Model, load_model
 from dpctl.prune.plan import Network
+from dpctl.prune.target import trace
 from dpctl.recipe import LatencyRecipe, PruneRecipe
 from dpctl.units import percent, seconds
 from runtime.layers import JOINED
@@ -47,6 +56,8 @@ def profile(
     cannot be exported or measured, and for a file that is there and of something else.
     """
     check(recipe)
+    require_backend(recipe.backend)
+    require_writable(out)
     if networks + 1 < FEWEST or held_out < 0:
         got = f"{networks} networks, {held_out} held out"
         raise DpctlError("a latency model is not learnt from so few networks", got, f"time {FEWEST - 1} or more")
@@ -56,28 +67,37 @@ def profile(
     planned = PruneRecipe("magnitude", latency=recipe)
     with tempfile.TemporaryDirectory() as folder:
         exports = Exports(source, planned, Path(folder))
-        architecture = architecture_of(source.unet)
-        begun = _begun(out, architecture, exports, recipe, seed, resume=resume, force=force)
         network = exports.network
         wanted = {False: [network.full(), *stratified(network, networks, seed)], True: []}
         if held_out:
             wanted[True] = stratified(network, held_out, seed + 1)
-        done = {False: len(begun.samples), True: len(begun.held_out)} if begun else {False: 0, True: 0}
+        found = _begun(out, architecture_of(source.unet), exports, recipe, wanted, resume=resume, force=force)
+        done = {False: len(found.samples), True: len(found.held_out)} if found else {False: 0, True: 0}
         left = [(kind, widths) for kind in (False, True) for widths in wanted[kind][done[kind] :]]
-        total = sum(map(len, wanted.values()))
-        with (
-            Clock(exports.baseline(), recipe, exports.rows, exports.threads, ROUGH) as clock,
-            bar("profile", total, done=total - len(left)) as advance,
-        ):
-            found = begun or Profile(
-                architecture, wanted_here(recipe, exports), environment.describe(), seed, clock.baseline_s()
-            )
-            for kind, widths in left:
-                sample = _measured(exports, clock, widths, found.baseline_s)
-                found = found.with_sample(sample, held_out=kind)
-                found.write(out)
-                advance(1, latency=seconds(sample.latency_s))
+        if found is None or left:
+            total = sum(map(len, wanted.values()))
+            with (
+                Clock(exports.baseline(), recipe, exports.rows, exports.threads, ROUGH) as clock,
+                bar("profile", total, done=total - len(left)) as advance,
+            ):
+                found = found or _begin(source, exports, recipe, seed, clock)
+                for kind, widths in left:
+                    sample = _measured(exports, clock, widths, found.baseline_s)
+                    found = found.with_sample(sample, held_out=kind)
+                    found.write(out)
+                    advance(1, latency=seconds(sample.latency_s))
     return report(found, network, out)
+
+
+def _begin(source: Model, exports: Exports, recipe: LatencyRecipe, seed: int, clock: Clock) -> Profile:
+    """Return a file without networks."""
+    made_on, baseline_s = environment.describe(), clock.baseline_s()
+    return Profile(architecture_of(source.unet), wanted_here(recipe, exports), made_on, seed, baseline_s)
+
+
+def unrestricted(source: Model) -> Network:
+    """Return the network with all groups that `profile` times at other widths."""
+    return trace(source, PruneRecipe("magnitude", latency=LatencyRecipe(), depth=True))[1]
 
 
 def wanted_here(recipe: LatencyRecipe, exports: Exports) -> dict[str, Any]:
@@ -86,19 +106,29 @@ def wanted_here(recipe: LatencyRecipe, exports: Exports) -> dict[str, Any]:
 
 
 def _begun(
-    out: Path, architecture: str, exports: Exports, recipe: LatencyRecipe, seed: int, *, resume: bool, force: bool
+    out: Path,
+    architecture: str,
+    exports: Exports,
+    recipe: LatencyRecipe,
+    networks: Mapping[bool, Sequence[Mapping[str, int]]],
+    *,
+    resume: bool,
+    force: bool,
 ) -> Profile | None:
-    """Return the file to go on with; None for a new one."""
-    wanted = wanted_here(recipe, exports)
+    """Return the file to go on with; None for a new one. `networks` are those to time and, under True, to hold out."""
     if out.exists() and resume:
         found = read_profile(out)
-        require_fitting(found, architecture, wanted, out)
-        if not found.is_from_here:
-            got = f"{out}: {found.environment.get('processor')}, {found.environment.get('gpu') or 'no GPU'}"
-            raise DpctlError("the latency file is of another machine", got, "begin another file on this one")
-        if found.seed != seed:
-            got = f"{out}: {found.seed}, asked for {seed}"
-            raise DpctlError("the latency file is of another seed", got, "give the same --seed")
+        require_fitting(found, architecture, wanted_here(recipe, exports), out)
+        if elsewhere := found.elsewhere():
+            raise DpctlError(
+                "the latency file is of another machine", f"{out}: {elsewhere}", "begin another file on this one"
+            )
+        # Widths are stratified over all networks: a few of one number and a few of another are neither.
+        timed = {False: found.samples, True: found.held_out}
+        if any([s.widths for s in timed[kind]] != list(networks[kind][: len(timed[kind])]) for kind in timed):
+            got = f"{out}: seed {found.seed}, {len(found.samples)} timed, {len(found.held_out)} held out"
+            todo = "give the same --networks, --held-out and --seed, or begin another file"
+            raise DpctlError("the latency file is of other networks", got, todo)
         return found
     if out.exists() and not force:
         raise DpctlError("the output is there already", str(out), "go on with --resume, or replace it with --force")
@@ -125,6 +155,10 @@ def fitted(found: Profile, network: Network) -> LatencyModel:
     if len(found.samples) < FEWEST:
         got = f"{len(found.samples)} networks"
         raise DpctlError("the latency file has too few networks", got, "go on with `dpctl profile --resume`")
+    full = network.full()
+    if any(sample.widths.keys() != full.keys() for sample in (*found.samples, *found.held_out)):
+        got = "widths of other groups of channels than are found now"
+        raise DpctlError("the latency file does not fit the model", got, "make it again with `dpctl profile`")
     return fit(network, found.samples)
 
 
@@ -132,14 +166,15 @@ def report(found: Profile, network: Network, out: Path) -> Report:
     """Return what `dpctl profile` prints: how well predictions fit, on networks not fitted on where there are any."""
     model = fitted(found, network)
     judged: Accuracy = accuracy(model, found.held_out or found.samples)
-    which, whole = "held out" if found.held_out else "fitted on", found.samples[0].latency_s
+    which, whole = "held out" if found.held_out else "fitted on", found.baseline_s
     ran = ", ".join(f"{name.replace('_', ' ')} {found.conditions[name]}" for name in CONDITIONS)
     constant = f"{seconds(whole)}, of which {percent(model.constant_s / whole)} is constant"
     errors = f"median error {percent(judged.median_error)}, worst {percent(judged.worst_error)}"
     blocks = f"blocks of {model.step} channels" + (f", {model.tile} outputs at a time" if model.tile else "")
+    rank = "too few to rank" if judged.rank_correlation is None else f"rank correlation {judged.rank_correlation:.3f}"
     lines = [
         f"{out}: {len(found.samples)} networks; {ran}",
         f"the unpruned network takes {constant}; kernels work in {blocks}",
-        f"{len(judged.pairs)} networks {which}: rank correlation {judged.rank_correlation:.3f}, {errors}",
+        f"{len(judged.pairs)} networks {which}: {rank}, {errors}",
     ]
     return Report({"out": str(out), "step": model.step, "tile": model.tile, **dataclasses.asdict(judged)}, list(lines))

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpctl import progress
-from dpctl.errors import DpctlError
+from dpctl.errors import MetAlready, OutOfReach
 from dpctl.latency.build import Candidate, Exports
 from dpctl.latency.clock import Clock, Timed
 from dpctl.prune import Scored
+from dpctl.prune.plan import select
 from dpctl.prune.unpruned import unpruned_costs
 from dpctl.recipe import PruneRecipe
 from dpctl.units import percent
@@ -51,16 +52,17 @@ class Build:
 
 
 class Planner:
-    """Plans cuts of a scored model to shares of the unpruned MACs."""
+    """Plans cuts of a scored model to shares of the unpruned MACs; `whole` is the model as it is."""
 
     def __init__(self, scored: Scored, recipe: PruneRecipe) -> None:
         self._scored, self._recipe = scored, recipe
         self._unpruned_macs = unpruned_costs(scored.source)["macs"]
+        self.whole = as_it_is(scored)
 
     def cut(self, macs: float) -> Candidate | None:
         """Plan a cut to a share of the MACs, or to the least that any widths come to; None where nothing can go."""
         found = self._planned(macs)
-        low, high = macs, 1.0
+        low, high = macs, self.whole.macs
         for _ in range(REFINEMENTS if found is None else 0):
             middle = (low + high) / 2
             more = self._planned(middle)
@@ -71,17 +73,33 @@ class Planner:
     def _planned(self, macs: float) -> Candidate | None:
         try:
             plan, stock = self._scored.plan(dataclasses.replace(self._recipe, latency=None, target_macs=macs))
-        except DpctlError:  # below the floor
+        except (OutOfReach, MetAlready):  # below the floor; of as many MACs as there are
             return None
         return Candidate(plan, stock, self._scored.network.cost("macs", plan.widths()) / self._unpruned_macs)
 
 
+def as_it_is(scored: Scored) -> Candidate:
+    """Return the model with nothing cut: of one that was pruned before less than all of the unpruned MACs."""
+    full = scored.network.full()
+    macs = scored.network.cost("macs", full) / unpruned_costs(scored.source)["macs"]
+    return Candidate(select(scored.network, scored.scores, full), None, macs)
+
+
 def search(planner: Planner, exports: Exports, clock: Clock, share: float, bar: progress.Bar) -> list[Build]:
-    """Build and time candidates until one is close to the target, or no other widths lie between; BUILDS at most."""
+    """Build and time candidates until one is close to the target, or no other widths lie between; BUILDS at most.
+
+    A model that was pruned before is timed first, as it is. Raises a DpctlError where that meets the target.
+    """
     builds: list[Build] = []
+    whole = (1.0, 1.0)
+    if planner.whole.macs < 1.0:
+        took = timed(planner.whole, exports, clock)
+        if took.share <= share:
+            raise met_already(share, took.share)
+        whole = (took.share, planner.whole.macs)
     with bar("latency", BUILDS) as advance:
         while len(builds) < BUILDS:
-            candidate = _unseen(planner, builds, propose(builds, share))
+            candidate = _unseen(planner, builds, propose(builds, share, whole))
             if candidate is None:
                 break
             builds.append(timed(candidate, exports, clock))
@@ -115,7 +133,7 @@ def _unseen(planner: Planner, builds: list[Build], asked: float) -> Candidate | 
     Widths are a staircase: the step below what is asked for may have been built, and the one above it not.
     """
     seen = [each.candidate.widths for each in builds]
-    wide = min((each.candidate.macs for each in builds if each.candidate.macs > asked), default=1.0)
+    wide = min((each.candidate.macs for each in builds if each.candidate.macs > asked), default=planner.whole.macs)
     for part in range(STAIRS):
         candidate = planner.cut(asked + (wide - asked) * part / STAIRS)
         if candidate is None or candidate.macs >= wide:
@@ -125,10 +143,19 @@ def _unseen(planner: Planner, builds: list[Build], asked: float) -> Candidate | 
     return None
 
 
-def propose(builds: list[Build], share: float) -> float:
-    """Return the share of the MACs to try next: by a straight line through two candidates next to the target."""
+def met_already(asked: float, share: float) -> MetAlready:
+    """Return the error for a model that takes no more than what is asked for."""
+    got = f"{asked:.3f} of the unpruned model's latency is asked for, and it takes {share:.3f}"
+    return MetAlready("the model meets the target already", got, "ask for less than that")
+
+
+def propose(builds: list[Build], share: float, whole: tuple[float, float] = (1.0, 1.0)) -> float:
+    """Return the share of the MACs to try next: by a straight line through two candidates next to the target.
+
+    `whole` is what the model takes as it is, and its MACs, both shares of the unpruned one's.
+    """
     points = sorted((build.share, build.candidate.macs) for build in builds)
-    above = [*(point for point in points if point[0] >= share), (1.0, 1.0)]
+    above = [*(point for point in points if point[0] >= share), whole]
     below = [point for point in points if point[0] < share]
     high, wide = above[0]
     if below:
@@ -143,13 +170,14 @@ def propose(builds: list[Build], share: float) -> float:
 
 
 def choose(builds: list[Build], share: float) -> Build:
-    """Return the candidate nearest to the target; a DpctlError with the floor where none is fast enough."""
+    """Return the candidate nearest to the target; OutOfReach with the floor where none is fast enough."""
     fast = [build for build in builds if build.share <= (1.0 + ALLOWED) * share]
     if not fast:
         floor = min(build.share for build in builds) if builds else 1.0
-        raise DpctlError(
+        raise OutOfReach(
             "the latency target cannot be reached",
             f"{share:.3f} of the unpruned model's latency; the narrowest that was tried takes {floor:.3f}",
             f"ask for {floor:.3f} or more, lower --align, or free groups that --keep and --only hold",
+            floor,
         )
     return min(fast, key=lambda build: abs(build.share - share))

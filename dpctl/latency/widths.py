@@ -1,28 +1,30 @@
 """The widths that keep the most importance within a predicted latency."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dpctl.errors import DpctlError
+from dpctl.errors import DpctlError, OutOfReach
 from dpctl.latency.model import LatencyModel
 from dpctl.prune import Scored
 from dpctl.prune.allocation import Choice, allocate
-from dpctl.prune.plan import Network, PruningPlan, Span, in_one_unit, narrowest, select
+from dpctl.prune.plan import Network, PruningPlan, Span, check_finite, in_one_unit, narrowest, select
 from dpctl.prune.target import plan_levels
 from dpctl.recipe import PruneRecipe
 from dpctl.units import seconds
 
 
 def plan_within(
-    scored: Scored, recipe: PruneRecipe, model: LatencyModel, budget_s: float
+    scored: Scored, recipe: PruneRecipe, model: LatencyModel, share: float, baseline_s: float
 ) -> tuple[PruningPlan, dict[str, Any] | None]:
-    """Return the plan with the most importance whose predicted latency is at most `budget_s`.
+    """Return the plan with the most importance whose predicted latency is at most a share of the unpruned network's.
 
-    In the layout `stock` with the result's config. Raises a DpctlError with the floor for a budget below it, and for
-    what plans otherwise.
+    In the layout `stock` with the result's config. Raises OutOfReach, with the floor in seconds, for a share below it.
     """
+    check_finite(scored.network, scored.scores)
+    budget_s = share * baseline_s
     if scored.levels is not None:
         return plan_levels(
             scored.source,
@@ -32,18 +34,37 @@ def plan_within(
             recipe.align,
             model.predict,
             budget_s,
-            lambda floor, whole: (
-                f"{seconds(budget_s)} of {seconds(whole)} predicted; the floor",
-                f"{seconds(floor)} ({floor / whole:.3f} of it)",
+            lambda floor, _: (
+                f"{_told(budget_s, baseline_s)} of the unpruned model's latency; the predicted floor",
+                _told(floor, baseline_s),
             ),
         )
+    scores = scored.scores if scored.comparable else in_one_unit(scored.scores)
+    choices = [_choice(span, scored.network, scores, recipe) for span in scored.network.spans]
+    try:
+        widths = allocate(choices, model.terms, budget_s - model.constant_s)
+    except OutOfReach as problem:
+        floor = problem.floor + model.constant_s
+        told = f"{_told(budget_s, baseline_s)} of the unpruned model's latency; the predicted floor with align"
+        raise OutOfReach(
+            "the latency target cannot be reached",
+            f"{told} {recipe.align} is {_told(floor, baseline_s)}",
+            "ask for the floor or more, lower --align or --floor, or free groups that --keep and --only hold",
+            floor,
+        ) from None
+    return select(scored.network, scored.scores, widths), None
+
+
+def check(recipe: PruneRecipe) -> None:
+    """Raise a DpctlError for a recipe that cannot be planned by a latency model."""
     if recipe.scope == "local":
         todo = "leave --scope or --latency-model out"
         raise DpctlError("a latency model ranks all groups together", "--scope local", todo)
-    scores = scored.scores if scored.comparable else in_one_unit(scored.scores)
-    choices = [_choice(span, scored.network, scores, recipe) for span in scored.network.spans]
-    widths = allocate(choices, model.terms, budget_s - model.constant_s)
-    return select(scored.network, scored.scores, widths), None
+
+
+def _told(latency_s: float, baseline_s: float) -> str:
+    # Upwards: who asks for the floor that is told gets it.
+    return f"{math.ceil(1000 * latency_s / baseline_s) / 1000:.3f} ({seconds(latency_s)})"
 
 
 def _choice(span: Span, network: Network, scores: Mapping[str, Sequence[float]], recipe: PruneRecipe) -> Choice:

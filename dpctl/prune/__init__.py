@@ -11,7 +11,7 @@ from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.check import CRITERIA, check
 from dpctl.prune.plan import PruningPlan
 from dpctl.prune.target import goal_of, plan_for, trace
-from dpctl.prune.unpruned import earlier_cuts, unpruned_costs, unpruned_widths
+from dpctl.prune.unpruned import earlier_cuts, unpruned_config, unpruned_costs, unpruned_widths
 from dpctl.recipe import PruneRecipe, to_dict
 
 KEPT = "kept.safetensors"
@@ -44,8 +44,7 @@ def prune(
     if not pruned.kept:
         got = f"ratio {recipe.ratio}, align {recipe.align}: no group loses a whole step"
         raise DpctlError("nothing would be pruned", got, "ask for a larger --ratio, or lower --align")
-    scanned = {"sensitivity": _scan(source, recipe, bar)} if recipe.sensitivity else {}
-    return write(out, source, pruned, recipe, force=force, **scanned)
+    return write(out, source, pruned, recipe, force=force, **scanned(source, recipe, bar))
 
 
 def preview(model: str, recipe: PruneRecipe) -> dict[str, Any]:
@@ -71,6 +70,11 @@ def _require_planned(recipe: PruneRecipe) -> None:
 def scan(model: str, data: str, *, bar: progress.Bar = progress.no_bar) -> dict[str, Any]:
     """Return how the denoising loss of a model reacts to cuts in one group at a time; see `dpctl.prune.sensitivity`."""
     return _scan(load_model(model), PruneRecipe(data=data), bar)
+
+
+def scanned(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, Any]:
+    """Return what a manifest says of a scan, where the recipe asks for one."""
+    return {"sensitivity": _scan(source, recipe, bar)} if recipe.sensitivity else {}
 
 
 def _scan(source: Model, recipe: PruneRecipe, bar: progress.Bar) -> dict[str, Any]:
@@ -233,8 +237,13 @@ def _stats(source: Model, small: Any, network: Any, plan: PruningPlan, recipe: P
     if measured != (network.cost("params", plan.widths()), network.cost("macs", plan.widths())):
         raise RuntimeError("the plan's price is not the slim network's: the cost model and the surgery disagree")
     unpruned, before = unpruned_costs(source), unpruned_widths(source, network)
+    config = unpruned_config(source)
+    if config is None and recipe.layout == "stock":
+        config = {"_class_name": type(source.unet).__name__}
+        config |= {name: value for name, value in source.unet.config.items() if not name.startswith("_")}
     return after | {
         "unpruned": unpruned,
+        **({"unpruned_config": config} if config else {}),
         "requested": {k: v for k in ("ratio", "target_macs", "target_params") if (v := getattr(recipe, k)) is not None},
         "achieved": {measure: after[measure] / unpruned[measure] for measure in ("macs", "params")},
         "widths": earlier_cuts(source) | {name: [before[name], kept] for name, kept in plan.widths().items()},

@@ -24,11 +24,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpctl.errors import DpctlError
+from dpctl.errors import OutOfReach
 from dpctl.prune.space import Point, Space
-from dpctl.prune.terms import Choice, Term, terms_of
-
-__all__ = ["Choice", "Term", "allocate", "terms_of"]
+from dpctl.prune.terms import Choice, Term
 
 # So many changes of one group are looked at in pairs: half a million of these take some 20 ms.
 CORE = 1000
@@ -40,7 +38,7 @@ def allocate(choices: Sequence[Choice], terms: Sequence[Term], budget: float) ->
     """Return the width of every group: together worth the most that was found for a cost of at most `budget`.
 
     Everything whole where the budget allows that. A larger budget is never worth less; neither the order nor the units
-    of choices and terms matter. Raises a DpctlError where no widths are within the budget.
+    of choices and terms matter. Raises OutOfReach where no widths are within the budget.
     """
     choices = sorted(choices, key=lambda choice: choice.name)
     space = Space(choices, terms)
@@ -50,10 +48,11 @@ def allocate(choices: Sequence[Choice], terms: Sequence[Term], budget: float) ->
         return widest
     least, most = space.point(np.zeros_like(space.last)), space.point(space.last)
     if not least.cost <= budget:
-        raise DpctlError(
+        raise OutOfReach(
             "the budget cannot be met",
             f"{budget} of {whole}; the floor, the least that any widths cost, is {least.cost}",
             "allow the floor or more, or narrower widths",
+            least.cost,
         )
     found = most if most.cost <= budget else _close_in(space, least, most, budget)
     return {choice.name: choice.widths[choice.records[i]] for choice, i in zip(choices, found.at, strict=True)}

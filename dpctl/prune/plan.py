@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dpctl.errors import DpctlError
+from dpctl.errors import DpctlError, MetAlready, OutOfReach
 
 
 @dataclass(frozen=True)
@@ -235,14 +235,15 @@ def _check_reach(
     whole = network.cost(measure, network.full())
     if whole <= budget:
         share = f"{whole / (unpruned or whole):.3f} of the unpruned model's"
-        raise DpctlError("the model meets the target already", f"{measure} {whole}, {share}", "ask for less than that")
+        raise MetAlready("the model meets the target already", f"{measure} {whole}, {share}", "ask for less than that")
     floor = network.cost(measure, least)
     if floor > budget:
         option = as_option(measure, floor, whole, unpruned or whole)
-        raise DpctlError(
+        raise OutOfReach(
             "the target cannot be reached",
             f"{measure} {budget:.0f} of {whole}; the floor with align {align} is {floor} ({option})",
             "ask for the floor or more, or lower --align or --floor",
+            floor,
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dpctl.errors import DpctlError
+from dpctl.errors import OutOfReach
 from dpctl.models import Model
 from dpctl.prune.plan import Network, PruningPlan, as_option, check_finite, select, uniform, widths_for_target
 from dpctl.prune.unpruned import named_as_before, refer, unpruned_costs
@@ -87,10 +87,11 @@ def plan_levels(
         )
     except BelowFloor as problem:
         before, after = told(problem.floor, problem.whole)
-        raise DpctlError(
+        raise OutOfReach(
             "the target cannot be reached in the layout stock",
             f"{before} with align {problem.align} is {after}",
             "ask for the floor or more, lower --align, or use --layout free",
+            problem.floor,
         ) from None
     return select(network, scores, levels.group_widths(chosen)), levels.stock_config(chosen)
 

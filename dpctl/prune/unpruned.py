@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpctl import cost
+from dpctl.errors import DpctlError
 from dpctl.models import Model, build_unet
 from dpctl.prune.groups import OUT, ChannelGroup, Groups
 from dpctl.prune.plan import Network
@@ -59,6 +60,27 @@ def earlier_cuts(source: Model) -> dict[str, list[int]]:
 
 def _recorded(source: Model) -> dict[str, list[int]]:
     return source.manifest.stats.get("widths", {}) if source.manifest is not None else {}
+
+
+def unpruned_network(source: Model) -> Any:
+    """Return the network that a model was before any pruning, in eval mode with fresh weights; None if it is that.
+
+    Raises a DpctlError where the manifest tells of a larger one but not of which.
+    """
+    if config := unpruned_config(source):
+        return build_unet(config).eval()
+    if (found := unpruned_unet(source.unet)) is not None:
+        return found
+    was, now = unpruned_costs(source)["macs"], cost.stats(source.unet)["macs"]
+    if was != now:
+        got = f"{now} MACs now, {was} before it was pruned in the layout stock, by an earlier dpctl"
+        raise DpctlError("the unpruned network is not known", got, "prune the model that it was made from")
+    return None
+
+
+def unpruned_config(source: Model) -> dict[str, Any] | None:
+    """Return the config of the unpruned network where only the manifest knows it: a stock config is the slim one's."""
+    return source.manifest.stats.get("unpruned_config") if source.manifest is not None else None
 
 
 def unpruned_unet(unet: Any) -> Any:

@@ -286,7 +286,7 @@ def latency_targets(result: BenchResult) -> Table:
     """Return the table of what pruning was asked of a latency, and of the candidates for it."""
     found = {model.name: model.latency for model in result.models if model.latency is not None}
     rows = tuple(
-        (name, macs, predicted or "-", measured or "not measured", "chosen" if chosen else "")
+        (name, macs, predicted or "-", measured or asked.UNMEASURED, "chosen" if chosen else "")
         for name, told in found.items()
         for macs, predicted, measured, chosen in asked.candidates(told)
     )

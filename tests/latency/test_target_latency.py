@@ -1,8 +1,11 @@
 """A latency target: what it asks for, how the search comes near to it, and what stands in the artifact."""
 
+import dataclasses
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -10,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dpctl import chain
+from dpctl import chain, cost
 from dpctl import prune as pruning
 from dpctl.artifact import read_manifest
 from dpctl.bench.compare import Estimate
@@ -19,13 +23,19 @@ from dpctl.cost import stats
 from dpctl.errors import DpctlError
 from dpctl.inspect import report
 from dpctl.latency import clock
+from dpctl.latency import profile as profiling
 from dpctl.latency.clock import Clock, Timed
+from dpctl.latency.document import read_profile
 from dpctl.latency.goal import check, read_goal
+from dpctl.latency.profile import profile
 from dpctl.latency.search import BUILDS, CLOSE, Build, choose, propose, search
 from dpctl.models import load_model
 from dpctl.progress import no_bar
+from dpctl.prune import score
+from dpctl.prune.unpruned import unpruned_network
 from dpctl.recipe import ExportRecipe, LatencyRecipe, PruneRecipe
 from export.to_onnx import export_model
+from runtime.layers import JOINED
 
 WANTED = PruneRecipe("magnitude", latency=LatencyRecipe("0.6"), align=1)
 
@@ -78,6 +88,7 @@ class Stairs:
 
     def __init__(self, takes: Callable[[float], float], steps: int = 1000, floor: float = 0.0) -> None:
         self.takes, self.steps, self.floor = takes, steps, floor
+        self.whole = SimpleNamespace(macs=1.0)
 
     def cut(self, macs: float) -> Any:
         level = max(int(macs * self.steps), int(self.floor * self.steps) + 1)
@@ -154,6 +165,7 @@ def test_the_artifact_says_what_was_asked_and_what_every_candidate_took(
     assert told["asked"] == {
         "target": "0.6", "backend": "ort", "precision": "fp32", "batch_size": 1, "of": "unet",
         "num_inference_steps": 20, "scheduler": "ddim", "share": 0.6, "rows": 1, "size": [8, 8],
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     assert len(told["builds"]) == len(by_macs) >= 1
     measured = told["builds"][told["chosen"]]
@@ -174,6 +186,90 @@ def test_a_pruned_model_is_timed_against_the_unpruned_one(
     second = chain.prune(str(tmp_path / "first"), tmp_path / "second", WANTED)
     ratio = second.stats["achieved"]["latency"]
     assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
+
+
+@pytest.mark.parametrize(("share", "met"), [(0.75, 0.7125), (0.9, None), (0.8, None)])
+def test_a_slim_model_that_is_slower_than_its_macs_is_cut_further(
+    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path], share: float, met: float | None, monkeypatch: Any
+) -> None:
+    """It takes 0.8 of the latency with 0.6 of the MACs: what a straight line from the unpruned model says is met."""
+    slim = tmp_path / "slim"
+    macs = chain.prune(str(toy_pipeline), slim, PruneRecipe("magnitude", target_macs=0.6, align=1)).stats["macs"]
+
+    def time(self: Clock, directory: Path) -> Timed:
+        manifest = read_manifest(directory)
+        assert manifest is not None
+        return timed(0.8 * (manifest.stats["macs"] / macs) ** 0.5)
+
+    monkeypatch.setattr(Clock, "time", time)
+    recipe = dataclasses.replace(WANTED, latency=LatencyRecipe(str(share)))
+    if met is None:
+        with pytest.raises(DpctlError, match="meets the target already") as caught:
+            chain.prune(str(slim), tmp_path / "out", recipe)
+        assert "it takes 0.800" in caught.value.got
+        assert not (tmp_path / "out").exists()
+    else:
+        found = chain.prune(str(slim), tmp_path / "out", recipe).stats["achieved"]["latency"]
+        assert met <= found <= 1.05 * share
+
+
+def test_scores_that_are_none_are_told_as_they_are(
+    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(model: Any, recipe: Any, **_: Any) -> Any:
+        scored = score(model, recipe)
+        return dataclasses.replace(scored, scores={n: [math.inf, *of[1:]] for n, of in scored.scores.items()})
+
+    monkeypatch.setattr(pruning, "score", endless)
+    with pytest.raises(DpctlError, match="not finite"):
+        chain.prune(str(toy_pipeline), tmp_path / "out", WANTED)
+
+
+def test_a_stock_cut_is_timed_against_the_unpruned_one_too(
+    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path]
+) -> None:
+    slim, out = tmp_path / "slim", tmp_path / "out"
+    first = chain.prune(str(toy_pipeline), slim, PruneRecipe("magnitude", target_macs=0.8, align=1, layout="stock"))
+    for layout in ("free", "stock"):
+        recipe = dataclasses.replace(WANTED, layout=layout)
+        second = chain.prune(str(slim), out / layout, recipe)
+        ratio = second.stats["achieved"]["latency"]
+        assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
+        # Nor is it forgotten when that is cut again.
+        assert second.stats["unpruned_config"] == first.stats["unpruned_config"]
+        assert cost.stats(unpruned_network(load_model(out / layout)))["macs"] == first.stats["unpruned"]["macs"]
+    older = dataclasses.replace(first, stats={k: v for k, v in first.stats.items() if k != "unpruned_config"})
+    (slim / "dpctl.json").write_text(older.to_json(), encoding="utf-8")
+    with pytest.raises(DpctlError, match="the unpruned network is not known"):
+        chain.prune(str(slim), tmp_path / "another", WANTED)
+
+
+def test_a_scan_is_made_of_a_cut_to_a_latency_too(
+    toy_pipeline: Path, toy_images: Path, tmp_path: Path, by_macs: list[Path]
+) -> None:
+    recipe = dataclasses.replace(WANTED, sensitivity=True, data=str(toy_images))
+    told = chain.prune(str(toy_pipeline), tmp_path / "out", recipe).stats["sensitivity"]
+    assert told["model"] == load_model(toy_pipeline).digest
+
+
+def test_a_backend_that_cannot_run_is_told_before_a_model_is_loaded(
+    tmp_path: Path, toy_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored"))
+    for wanted in (LatencyRecipe(backend="trt"), LatencyRecipe(backend="ov")):
+        monkeypatch.setitem(sys.modules, "openvino", None)
+        recipe = dataclasses.replace(WANTED, latency=wanted)
+        with pytest.raises(DpctlError, match="NVIDIA GPU|needs OpenVINO"):
+            chain.prune(str(toy_pipeline), tmp_path / "out", recipe)
+        with pytest.raises(DpctlError, match="NVIDIA GPU|needs OpenVINO"):
+            profile(str(toy_pipeline), tmp_path / "latency.json", wanted)
+
+
+def test_a_clock_that_cannot_open_its_network_leaves_no_process(toy_pipeline: Path) -> None:
+    with pytest.raises(DpctlError), Clock(toy_pipeline, LatencyRecipe(), 1, 1):
+        pytest.fail("it opened a directory that was not exported")
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+    assert not [pid for pid in children if "dpctl.bench.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @pytest.mark.slow
@@ -202,11 +298,15 @@ def test_the_real_clock_times_both_turn_by_turn(
     with Clock(tmp_path / "one", wanted, 2, 1, clock.Precision(too_wide=math.inf)) as running:
         found = running.time(tmp_path / "two")
         assert running.baseline_s() > 0
+        again, layers = running.profile(tmp_path / "two", passes=2)
         running.precision = clock.Precision(too_wide=0.0)
         with pytest.raises(DpctlError) as caught:
             running.time(tmp_path / "two")
     assert found.ratio.count == clock.FEWEST
     assert found.ratio.low <= found.ratio.value <= found.ratio.high
+    assert again.ratio.count == clock.FEWEST
+    convolutions = {n for n, m in load_model(toy_pipeline).unet.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert convolutions <= {name for layer in layers if layer.latency_s > 0 for name in layer.name.split(JOINED)}
     assert caught.value.failed == "this machine is too noisy to measure a latency"
     assert "stop what else runs here" in caught.value.todo
 
@@ -230,6 +330,29 @@ def test_what_a_call_would_not_read_is_refused(changed: dict[str, Any], message:
     with pytest.raises(DpctlError, match=message):
         check(LatencyRecipe(**changed))
     check(LatencyRecipe(of="image", **changed))
+
+
+def test_a_latency_file_is_asked_for_by_the_command(dpctl: Any, toy_pipeline: Path, tmp_path: Path) -> None:
+    asked = ("--target-latency", "0.5", "--latency-model", tmp_path / "none.json")
+    for more in ((), ("--dry-run",)):
+        found = dpctl("prune", toy_pipeline, "--out", tmp_path / "out", *asked, *more)
+        assert found.code == 1
+        assert "no such latency file" in found.err
+        assert "make one with `dpctl profile`" in found.err
+
+
+@pytest.mark.slow
+def test_the_command_profiles_a_model(
+    dpctl: Any, toy_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "ROUGH", clock.Precision(enough=1.0, too_wide=math.inf))  # it is never quiet
+    out = tmp_path / "latency.json"
+    found = dpctl("profile", toy_pipeline, "--out", out, "--networks", 7, "--held-out", 3, "--threads", 1, "--json")
+    assert found.code == 0, found.err
+    told, file = json.loads(found.out), read_profile(out)
+    assert (len(file.samples), len(file.held_out), len(told["pairs"])) == (8, 3, 3)
+    assert all(sample.latency_s > 0 and sum(sample.layers.values()) > 0 for sample in file.samples)
+    assert file.is_from_here
 
 
 def test_a_plan_alone_meets_no_latency(toy_pipeline: Path, tmp_path: Path, dpctl: Any) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from dpctl.errors import DpctlError
 from dpctl.models import load_model
-from dpctl.prune.allocation import Choice, Term, allocate, terms_of
+from dpctl.prune.allocation import allocate
 from dpctl.prune.elimination import Table, find_order, maximise
 from dpctl.prune.plan import Layer, Network, Side, Span, best, widths_for_target
 from dpctl.prune.target import trace
+from dpctl.prune.terms import Choice, Term, terms_of
 from dpctl.recipe import PruneRecipe
 
 Problem = tuple[list[Choice], list[Term]]
