@@ -148,12 +148,19 @@ def cut_in_rounds(recipe: ChainRecipe, out: Path, *, bar: progress.Bar = progres
 
 def prune_stage(model: str, out: Path, recipe: PruneRecipe, digest: str, bar: progress.Bar) -> Manifest:
     """Prune a model of this digest, unless that is done, by the same latency file where it is by one."""
+    return _stage(out, recipe, digest, lambda: prune(model, out, recipe, force=True, bar=bar), _by_the_same(recipe))
+
+
+def is_cut(out: Path, recipe: PruneRecipe, digest: str) -> bool:
+    """Tell whether `prune_stage` would skip its work."""
+    return _done(out, recipe, digest, _by_the_same(recipe)) is not None
+
+
+def _by_the_same(recipe: PruneRecipe) -> Callable[[Manifest], bool]:
+    """Return what tells whether a cut was planned by the latency file that the recipe names, as it is now."""
     from dpctl import latency
 
-    def same(found: Manifest) -> bool:
-        return recipe.latency is None or latency.planned_by(found) == latency.profile_digest(recipe.latency)
-
-    return _stage(out, recipe, digest, lambda: prune(model, out, recipe, force=True, bar=bar), same)
+    return lambda found: recipe.latency is None or latency.planned_by(found) == latency.profile_digest(recipe.latency)
 
 
 def prune(
@@ -229,13 +236,17 @@ def _stage(
 
     `same` compares what the recipe only names.
     """
-    found = artifact.read_manifest(out) if out.is_dir() else None
-    made = found is not None and differing(found.recipe, recipe) is None and found.parent == parent
-    if found is not None and made and same(found) and _intact(out, found):
+    if (found := _done(out, recipe, parent, same)) is not None:
         progress.say(f"{out.name}: done before, skipped")
         return found
     progress.say(f"{out.name}: running")
     return work()
+
+
+def _done(out: Path, recipe: Any, parent: str, same: Callable[[Manifest], bool]) -> Manifest | None:
+    found = artifact.read_manifest(out) if out.is_dir() else None
+    made = found is not None and differing(found.recipe, recipe) is None and found.parent == parent
+    return found if found is not None and made and same(found) and _intact(out, found) else None
 
 
 def _intact(out: Path, manifest: Manifest) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpctl import chain, progress
 from dpctl.errors import DpctlError, MetAlready, OutOfReach
+from dpctl.latency.goal import read_goal
 from dpctl.recipe import TARGETS, FinetuneRecipe, LatencyRecipe, PruneRecipe, SweepRecipe, to_dict
 
 
@@ -59,29 +60,37 @@ def check(recipe: SweepRecipe) -> None:
         got = ", ".join(map(str, recipe.steps))
         raise DpctlError("a finetune has a negative number of steps", got, "give 0 (none) or more")
     _require_read(recipe)
-    made = cuts(recipe)
-    if len({cut.name for cut in made}) != len(made):
-        got = ", ".join(recipe.target_latency)
-        raise DpctlError("a sweep needs different targets", got, "leave out what is the same in other words")
-    for cut, steps in itertools.product(made, recipe.steps):
+    _require_different(recipe)
+    for cut, steps in itertools.product(cuts(recipe), recipe.steps):
         chain.check(as_chain(recipe, cut, max(1, steps)))
 
 
 def _require_read(recipe: SweepRecipe) -> None:
     """Raise a DpctlError for an entry of a stage's recipe that the grid takes the place of."""
-    stages = {
-        "criteria": (recipe.prune, PruneRecipe(), ("criterion",)),
-        "target_macs": (recipe.prune, PruneRecipe(), TARGETS),
-        "target_latency": (recipe.prune.latency or LatencyRecipe(), LatencyRecipe(), ("target",)),
-        "steps": (recipe.finetune, FinetuneRecipe(), ("steps",)),
-    }
-    for grid, (stage, plain, names) in stages.items():
-        for name in names:
-            if getattr(stage, name) != getattr(plain, name):
-                got = f"{name} {getattr(stage, name)} under a stage"
-                raise DpctlError("the grid says what every cell does", got, f"give it as {grid} of the sweep")
+    wanted = recipe.prune.latency or LatencyRecipe()
+    taken = (
+        ("[prune]", recipe.prune, PruneRecipe(), "criterion", "criteria"),
+        *(("[prune]", recipe.prune, PruneRecipe(), name, "target_macs or target_latency") for name in TARGETS),
+        ("[prune.latency]", wanted, LatencyRecipe(), "target", "target_latency"),
+        ("[finetune]", recipe.finetune, FinetuneRecipe(), "steps", "steps"),
+    )
+    for table, stage, plain, name, grid in taken:
+        if getattr(stage, name) != getattr(plain, name):
+            got = f"{table} {name} = {getattr(stage, name)}"
+            raise DpctlError("the grid says what every cell does", got, f"leave it out, and give the sweep's {grid}")
     if recipe.prune.latency is not None and not recipe.target_latency:
         raise DpctlError("nothing would read [prune.latency]", "no target_latency", "give some, or leave the table out")
+
+
+def _require_different(recipe: SweepRecipe) -> None:
+    """Raise a DpctlError for two targets that are the same in other words, or of one name."""
+    goals = [read_goal(target) for target in recipe.target_latency]
+    if len(set(goals)) != len(goals):
+        got = ", ".join(recipe.target_latency)
+        raise DpctlError("a sweep needs different targets", got, "leave out what is the same in other words")
+    names = [name for name, _ in _aims(recipe)]
+    if len(set(names)) != len(names):
+        raise DpctlError("a sweep needs different targets", ", ".join(names), "give targets of six digits at most")
 
 
 def as_chain(recipe: SweepRecipe, cut: Cut, steps: int) -> chain.ChainRecipe:
@@ -105,25 +114,21 @@ def preview(recipe: SweepRecipe) -> dict[str, Any]:
 def sweep(recipe: SweepRecipe, out: Path, *, bar: progress.Bar = progress.no_bar) -> Any:
     """Make every cell of the grid below `out`, measure them all, and return the bench's result.
 
-    A run that was stopped goes on where it was. A target that a cut cannot meet leaves its cells out, and is told at
-    the end. Raises what the stages raise, and that where no cell is left.
+    A run that was stopped goes on where it was. A target that a cut cannot meet leaves its cells out, which is told
+    then and at the end. Raises what the stages raise, and that where no cell is left.
     """
-    from dpctl import latency
-
     check(recipe)
-    for cut in cuts(recipe):
-        if cut.recipe.latency is not None:
-            latency.rehearse(recipe.model, cut.recipe)
-            break  # the others differ in criterion and target alone
+    digest = chain.source_digest(recipe.model)
+    _rehearse(recipe, out, digest)
     made: list[str] = []
     unmet: dict[str, DpctlError] = {}
-    digest = chain.source_digest(recipe.model)
     for cut in cuts(recipe):
         folder = out / cut.name
         try:
             pruned = chain.prune_stage(recipe.model, folder / "pruned", cut.recipe, digest, bar)
         except (MetAlready, OutOfReach) as problem:
             unmet[cut.name] = problem
+            _tell_unmet(unmet, cut.name)
             continue
         for steps in recipe.steps:
             if steps == 0:
@@ -138,9 +143,23 @@ def sweep(recipe: SweepRecipe, out: Path, *, bar: progress.Bar = progress.no_bar
         recipe.bench, baseline=recipe.model, candidates=tuple(made), precision=recipe.export.precision
     )
     result = chain.bench_stage(measured, out / "bench", [], bar)
-    for name, why in unmet.items():
-        progress.say(f"{name} is left out: {why.failed} ({why.got})")
+    for name in unmet:
+        _tell_unmet(unmet, name)
     return result
+
+
+def _rehearse(recipe: SweepRecipe, out: Path, digest: str) -> None:
+    """Raise what the cuts to a latency that are not made yet would be refused for at once."""
+    from dpctl import latency
+
+    for cut in cuts(recipe):
+        if cut.recipe.latency is not None and not chain.is_cut(out / cut.name / "pruned", cut.recipe, digest):
+            return latency.rehearse(recipe.model, cut.recipe)  # the others differ in criterion and target alone
+    return None
+
+
+def _tell_unmet(unmet: dict[str, DpctlError], name: str) -> None:
+    progress.say(f"{name} is left out: {unmet[name].failed} ({unmet[name].got})")
 
 
 def _name(steps: int) -> str:

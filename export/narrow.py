@@ -110,7 +110,7 @@ def _record(directory: Path, exported: Path, manifest: Manifest, unet: Any, told
 
 
 def _compared(directory: Path, unet: Any, signature: Signature, precision: str) -> dict[str, Any]:
-    """Return how far the graph is from torch on one small input; a DpctlError where that is too far."""
+    """Return how far the graph is from torch on one small input; NotNarrowed where that is too far."""
     rows = _rows(directory, unet, signature)
     own = (
         half.own_error(half.HalfNetwork(unet, precision), dict(rows))["relative_l2"]
@@ -120,8 +120,8 @@ def _compared(directory: Path, unet: Any, signature: Signature, precision: str) 
     try:
         with verify.opened(directory, device="cpu") as (denoiser, _):
             output = verify.in_batches(denoiser, rows, signature, verify.batch_sizes(signature, ROWS)[-1])
-    except DpctlError:
-        raise
+    except DpctlError as problem:  # of a graph that a runtime refuses
+        raise _differs(f"{problem.failed}: {problem.got}") from None
     except Exception as problem:  # ONNX Runtime's errors have no class in common
         raise _differs(str(problem).strip().splitlines()[0]) from None
     check = verify.check_rows(verify.judged([verify.compare(output, rows[OUTPUT])], own))

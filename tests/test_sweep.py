@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpctl import artifact, chain, environment, sweep
 from dpctl.errors import DpctlError
@@ -74,12 +75,13 @@ def test_a_second_sweep_does_nothing_and_a_longer_one_the_rest(
         ({"criteria": ("magnitud",)}, "unknown criterion"),
         ({"target_macs": (1.5,)}, "outside"),
         ({"target_latency": ("fast",)}, "no fraction and no time"),
-        ({"target_latency": ("3ms", "3 ms")}, "different targets"),
-        ({"target_latency": ("0.5",), "prune": PruneRecipe(latency=LatencyRecipe("0.6"))}, "as target_latency of"),
+        ({"target_latency": ("3ms", "0.003 s")}, "different targets"),
+        ({"target_macs": (0.5, 0.5000001)}, "different targets\n.*macs-0.5, macs-0.5"),
+        ({"target_latency": ("0.5",), "prune": PruneRecipe(latency=LatencyRecipe("0.6"))}, "sweep's target_latency"),
         ({"prune": PruneRecipe(latency=LatencyRecipe(backend="ov"))}, r"nothing would read \[prune.latency\]"),
-        ({"prune": PruneRecipe(ratio=0.3)}, "as target_macs of"),
-        ({"prune": PruneRecipe("taylor")}, "as criteria of"),
-        ({"finetune": FinetuneRecipe(steps=7)}, "as steps of"),
+        ({"prune": PruneRecipe(ratio=0.3)}, r"\[prune\] ratio = 0.3"),
+        ({"prune": PruneRecipe("taylor")}, "sweep's criteria"),
+        ({"finetune": FinetuneRecipe(steps=7)}, "sweep's steps"),
         ({"finetune": FinetuneRecipe(learning_rate=0.0)}, "learning rate is out of range"),
     ],
 )
@@ -103,9 +105,10 @@ def test_latencies_are_targets_where_the_recipe_says(recipe: SweepRecipe) -> Non
 
 
 def test_a_latency_that_cannot_be_planned_stops_the_sweep_before_the_first_cell(
-    recipe: SweepRecipe, tmp_path: Path
+    recipe: SweepRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a recipe and what is installed it is a mistake; of a file it may be only with this model."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     latencies = (LatencyRecipe(backend="trt"), LatencyRecipe(model=str(tmp_path / "none.json")), _of_another(tmp_path))
     for latency, message in zip(latencies, ("NVIDIA GPU", "no such latency file", "another model"), strict=True):
         prune = dataclasses.replace(recipe.prune, latency=latency)

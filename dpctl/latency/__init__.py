@@ -40,10 +40,11 @@ def prune_to_latency(
     wanted, goal = recipe.latency, check(recipe)
     assert wanted is not None
     artifact.refuse_existing(out, force=force)
+    found = _require_here(wanted)
     source = load_model(model)
     with tempfile.TemporaryDirectory() as folder:
         # A wrong file is told before anything is scored.
-        exports, found, prediction = _opened(source, recipe, Path(folder))
+        exports, prediction = _opened(source, recipe, found, Path(folder))
         scored = pruning.score(source, recipe, bar=bar)
         share, builds = _builds(goal, scored, recipe, exports, prediction, bar)
     chosen = choose(builds, share)
@@ -68,26 +69,35 @@ def check(recipe: PruneRecipe) -> Goal:
 def rehearse(model: str, recipe: PruneRecipe) -> None:
     """Raise what a model and a recipe would be refused for before anything is scored or timed."""
     check(recipe)
+    assert recipe.latency is not None
+    found = _require_here(recipe.latency)
     with tempfile.TemporaryDirectory() as folder:
-        _opened(load_model(model), recipe, Path(folder))
+        _opened(load_model(model), recipe, found, Path(folder))
 
 
-def _opened(source: Model, recipe: PruneRecipe, folder: Path) -> tuple[Exports, Profile | None, Prediction | None]:
-    """Return what exports candidates and, where there is a latency file, that and what it predicts of the model."""
-    wanted = recipe.latency
-    assert wanted is not None
+def _require_here(wanted: LatencyRecipe) -> Profile | None:
+    """Return the latency file of a recipe, if any. Raises a DpctlError where what is to be measured cannot run here."""
     found = read_profile(Path(wanted.model)) if wanted.model is not None else None
     if found is None or found.is_from_here:
-        require_backend(wanted.backend)
-    if found is None:
-        return Exports(source, recipe, folder), None, None
-    if told := found.elsewhere():
+        require_backend(wanted)
+    if found is not None and (told := found.elsewhere()):
         what = "predictions may be off" if found.is_from_here else "latencies are predicted, and not measured here"
         progress.say(f"{wanted.model} was made elsewhere ({told}): {what}")
+    return found
+
+
+def _opened(
+    source: Model, recipe: PruneRecipe, found: Profile | None, folder: Path
+) -> tuple[Exports, Prediction | None]:
+    """Return what exports candidates and, where there is a latency file, what that predicts of the model."""
+    wanted = recipe.latency
+    assert wanted is not None
+    if found is None:
+        return Exports(source, recipe, folder), None
     if wanted.threads is None:  # as many as the file is of
         wanted = dataclasses.replace(wanted, threads=found.conditions["threads"])
     exports = Exports(source, dataclasses.replace(recipe, latency=wanted), folder)
-    return exports, found, open_prediction(found, wanted, source, exports)
+    return exports, open_prediction(found, wanted, source, exports)
 
 
 def _builds(

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpctl import progress
 from dpctl.bench.subjects import ENGINES
+from dpctl.latency.document import architecture_of
 from dpctl.models import Model, load_model, save_model, unet_directory
 from dpctl.prune.plan import PruningPlan, select
 from dpctl.prune.surgery import kept_indices, slim
@@ -54,6 +55,10 @@ class Exports:
         self.size = sample_size(source.unet.config)
         # The network's own batch: under guidance twice the images.
         self.rows = rows_of(config, (wanted.batch_size,) * 3)[1]
+        self.architecture = architecture_of(source.unet)
+        with torch.device("meta"):  # an unknown one is told here
+            unpruned = unpruned_network(source)
+        self.unpruned = self.architecture if unpruned is None else architecture_of(unpruned)
         self._recipe = ExportRecipe(precision=wanted.precision, batch=(1, wanted.batch_size, wanted.batch_size))
 
     def baseline(self) -> Path:

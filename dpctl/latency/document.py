@@ -29,8 +29,9 @@ RUNTIMES = {
 class Profile:
     """A latency file: the conditions, the unpruned network's latency, and the networks that were run.
 
-    `architecture` is the digest of the network's class and config: weights do not matter to the time. `held_out` are
-    networks to judge the fit by. The machine's speed drifts: all latencies are as if the unpruned network took
+    `architecture` is the digest of the network's class and config: weights do not matter to the time. `unpruned` is
+    that of the network that `baseline_s` is of; None in a file from before that was noted. `held_out` are networks to
+    judge the fit by. The machine's speed drifts: all latencies are as if the unpruned network took
     `baseline_s` every time.
     """
 
@@ -41,6 +42,7 @@ class Profile:
     baseline_s: float
     samples: tuple[Sample, ...] = ()
     held_out: tuple[Sample, ...] = ()
+    unpruned: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -101,14 +103,17 @@ def read_profile(path: Path) -> Profile:
         if values["format_version"] != FORMAT_VERSION:
             got = f"{path}: version {values['format_version']}, this dpctl reads {FORMAT_VERSION}"
             raise DpctlError("the latency file is of another version", got, "make it again with `dpctl profile`")
+        unpruned = values.get("unpruned")
         if not (isinstance(values["architecture"], str) and isinstance(values["seed"], int)):
             raise TypeError("architecture or seed")
+        if not isinstance(unpruned, str | None):
+            raise TypeError("unpruned")
         samples, held_out = (tuple(_sample(each) for each in values[name]) for name in ("samples", "held_out"))
         conditions, made_on = dict(values["conditions"]), dict(values["environment"])
         described = (values["architecture"], conditions, made_on, values["seed"], _latency(values["baseline_s"]))
         if missing := [name for name in CONDITIONS if name not in conditions]:
             raise ValueError(f"no {missing[0]}")
-        return Profile(*described, samples, held_out)
+        return Profile(*described, samples, held_out, unpruned)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise DpctlError("the latency file is damaged", f"{path}: {problem}", todo) from None
 
@@ -148,11 +153,16 @@ def architecture_of(unet: Any) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def require_fitting(profile: Profile, architecture: str, wanted: Mapping[str, Any], path: Path) -> None:
-    """Raise a DpctlError that names what of a latency file is not what is wanted: its network or a condition."""
-    if profile.architecture != architecture:
-        got = f"{path}: of the architecture {profile.architecture[:12]}, and this is {architecture[:12]}"
-        raise DpctlError("the latency file is of another model", got, "make one of this model with `dpctl profile`")
+def require_fitting(profile: Profile, architecture: str, unpruned: str, wanted: Mapping[str, Any], path: Path) -> None:
+    """Raise a DpctlError that names what of a latency file is not what is wanted: a network of it or a condition.
+
+    `unpruned` is the architecture that `architecture` was cut from, or the same.
+    """
+    pairs = {"": (profile.architecture, architecture), "unpruned ": (profile.unpruned or unpruned, unpruned)}
+    for which, (one, other) in pairs.items():
+        if one != other:
+            got = f"{path}: of the {which}architecture {one[:12]}, and this is {other[:12]}"
+            raise DpctlError("the latency file is of another model", got, "make one of this model with `dpctl profile`")
     for name in CONDITIONS:
         if profile.conditions.get(name) != wanted[name]:
             got = f"{path}: {name.replace('_', ' ')} {profile.conditions.get(name)}, asked for {wanted[name]}"

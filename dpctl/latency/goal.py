@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from dpctl import registry, units
 from dpctl.bench.subjects import ENGINES
 from dpctl.errors import DpctlError
-from dpctl.recipe import LATENCIES_OF, ExportRecipe, LatencyRecipe
+from dpctl.recipe import LATENCIES_OF, EngineRecipe, ExportRecipe, LatencyRecipe
 from runtime import BACKENDS
+from runtime.denoiser import find_device
 from runtime.schedulers import check_scheduler
 
 WHAT = "give a fraction of the unpruned model's latency, such as 0.5, or a time with its unit, such as 12ms"
@@ -44,13 +45,19 @@ def read_goal(text: str) -> Goal:
     return Goal(latency_s=latency_s)
 
 
-def require_backend(name: str) -> None:
-    """Raise a DpctlError that says what to install, or that there is no GPU, where a backend cannot run here."""
-    module = registry.load(BACKENDS, name, "backend")
-    if name == ENGINES:
+def require_backend(recipe: LatencyRecipe) -> None:
+    """Raise a DpctlError that says what is missing, library or GPU, where a recipe's backend cannot run here."""
+    module = registry.load(BACKENDS, recipe.backend, "backend")
+    if recipe.backend == ENGINES:
+        from export.to_tensorrt import check as check_engine
+
         module.find_gpu(None)
+        check_engine(EngineRecipe(), recipe.precision)
     else:
         module.require()
+    if (recipe.backend, recipe.precision) == ("ort", "bf16") and find_device(None).type == "cpu":
+        got = f"{recipe.backend}, {recipe.precision}, no GPU"
+        raise DpctlError("ONNX Runtime has next to no bfloat16 on a processor", got, "ask for --precision fp32")
 
 
 def check(recipe: LatencyRecipe) -> Goal:

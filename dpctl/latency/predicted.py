@@ -7,10 +7,10 @@ from dpctl import progress
 from dpctl.errors import OutOfReach
 from dpctl.latency.build import Candidate, Exports
 from dpctl.latency.clock import Clock
-from dpctl.latency.document import Profile, architecture_of, conditions, require_fitting
+from dpctl.latency.document import Profile, conditions, require_fitting
 from dpctl.latency.model import LatencyModel
 from dpctl.latency.profile import fitted, unrestricted
-from dpctl.latency.search import CLOSE, Build, tell, timed
+from dpctl.latency.search import CLOSE, Build, met_already, tell, timed
 from dpctl.latency.widths import plan_within
 from dpctl.models import Model
 from dpctl.prune import Scored
@@ -51,7 +51,7 @@ def open_prediction(found: Profile, wanted: LatencyRecipe, source: Model, export
     """Return what a latency file predicts of a model. Raises a DpctlError for one of something else."""
     assert wanted.model is not None
     wanted_here = conditions(wanted, exports.rows, exports.size, exports.threads)
-    require_fitting(found, architecture_of(source.unet), wanted_here, Path(wanted.model))
+    require_fitting(found, exports.architecture, exports.unpruned, wanted_here, Path(wanted.model))
     # Networks of all widths were timed: groups that this cut leaves alone are as wide as they are.
     network = unrestricted(source)
     free = {span.name for span in exports.network.spans}
@@ -71,20 +71,26 @@ def correct(
     """Build and time the predicted network, and again with a corrected target until it is close, CORRECTIONS times.
 
     A floor is no more than a prediction either: the network that is the floor is built where the target is below it.
+    Raises a DpctlError where the network meets the target as it is.
     """
     builds: list[Build] = []
-    target = share
+    target, full = share, scored.network.full()
     with bar("latency", 1 + CORRECTIONS) as advance:
         for _ in range(1 + CORRECTIONS):
             foretold = prediction.nearest(scored, recipe, target)
             assert foretold.predicted is not None
             if any(foretold.candidate.widths == each.candidate.widths for each in builds):
                 break
-            builds.append(timed(foretold.candidate, exports, clock, foretold.predicted))
-            tell(builds, share)
+            build = timed(foretold.candidate, exports, clock, foretold.predicted)
             advance(1)
-            if abs(builds[-1].share / share - 1.0) <= CLOSE:
-                break
+            tell(len(builds) + 1, build, share)
             # What was predicted of these widths, not what was asked: a staircase may end far below that.
-            target = share * foretold.predicted / builds[-1].share
+            target = share * foretold.predicted / build.share
+            if foretold.candidate.widths == full:  # nothing is cut, and that is no candidate
+                if build.share <= share:
+                    raise met_already(share, build.share)
+                continue
+            builds.append(build)
+            if abs(build.share / share - 1.0) <= CLOSE:
+                break
     return builds

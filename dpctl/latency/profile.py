@@ -14,7 +14,6 @@ from dpctl.latency.clock import Clock, Precision
 from dpctl.latency.document import (
     CONDITIONS,
     Profile,
-    architecture_of,
     conditions,
     read_profile,
     require_fitting,
@@ -56,7 +55,7 @@ def profile(
     cannot be exported or measured, and for a file that is there and of something else.
     """
     check(recipe)
-    require_backend(recipe.backend)
+    require_backend(recipe)
     require_writable(out)
     if networks + 1 < FEWEST or held_out < 0:
         got = f"{networks} networks, {held_out} held out"
@@ -71,7 +70,7 @@ def profile(
         wanted = {False: [network.full(), *stratified(network, networks, seed)], True: []}
         if held_out:
             wanted[True] = stratified(network, held_out, seed + 1)
-        found = _begun(out, architecture_of(source.unet), exports, recipe, wanted, resume=resume, force=force)
+        found = _begun(out, exports, recipe, wanted, resume=resume, force=force)
         done = {False: len(found.samples), True: len(found.held_out)} if found else {False: 0, True: 0}
         left = [(kind, widths) for kind in (False, True) for widths in wanted[kind][done[kind] :]]
         if found is None or left:
@@ -80,7 +79,7 @@ def profile(
                 Clock(exports.baseline(), recipe, exports.rows, exports.threads, ROUGH) as clock,
                 bar("profile", total, done=total - len(left)) as advance,
             ):
-                found = found or _begin(source, exports, recipe, seed, clock)
+                found = found or _begin(exports, recipe, seed, clock)
                 for kind, widths in left:
                     sample = _measured(exports, clock, widths, found.baseline_s)
                     found = found.with_sample(sample, held_out=kind)
@@ -89,10 +88,11 @@ def profile(
     return report(found, network, out)
 
 
-def _begin(source: Model, exports: Exports, recipe: LatencyRecipe, seed: int, clock: Clock) -> Profile:
+def _begin(exports: Exports, recipe: LatencyRecipe, seed: int, clock: Clock) -> Profile:
     """Return a file without networks."""
     made_on, baseline_s = environment.describe(), clock.baseline_s()
-    return Profile(architecture_of(source.unet), wanted_here(recipe, exports), made_on, seed, baseline_s)
+    conditions = wanted_here(recipe, exports)
+    return Profile(exports.architecture, conditions, made_on, seed, baseline_s, unpruned=exports.unpruned)
 
 
 def unrestricted(source: Model) -> Network:
@@ -107,7 +107,6 @@ def wanted_here(recipe: LatencyRecipe, exports: Exports) -> dict[str, Any]:
 
 def _begun(
     out: Path,
-    architecture: str,
     exports: Exports,
     recipe: LatencyRecipe,
     networks: Mapping[bool, Sequence[Mapping[str, int]]],
@@ -118,7 +117,7 @@ def _begun(
     """Return the file to go on with; None for a new one. `networks` are those to time and, under True, to hold out."""
     if out.exists() and resume:
         found = read_profile(out)
-        require_fitting(found, architecture, wanted_here(recipe, exports), out)
+        require_fitting(found, exports.architecture, exports.unpruned, wanted_here(recipe, exports), out)
         if elsewhere := found.elsewhere():
             raise DpctlError(
                 "the latency file is of another machine", f"{out}: {elsewhere}", "begin another file on this one"

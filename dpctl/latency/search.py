@@ -94,6 +94,7 @@ def search(planner: Planner, exports: Exports, clock: Clock, share: float, bar: 
     whole = (1.0, 1.0)
     if planner.whole.macs < 1.0:
         took = timed(planner.whole, exports, clock)
+        tell(0, took, share)
         if took.share <= share:
             raise met_already(share, took.share)
         whole = (took.share, planner.whole.macs)
@@ -103,7 +104,7 @@ def search(planner: Planner, exports: Exports, clock: Clock, share: float, bar: 
             if candidate is None:
                 break
             builds.append(timed(candidate, exports, clock))
-            tell(builds, share)
+            tell(len(builds), builds[-1], share)
             advance(1)
             if abs(builds[-1].share / share - 1.0) <= CLOSE:
                 break
@@ -115,14 +116,13 @@ def timed(candidate: Candidate, exports: Exports, clock: Clock, predicted: float
     return Build(candidate, clock.time(exports.of_widths(candidate.widths, candidate.stock)), predicted)
 
 
-def tell(builds: list[Build], share: float) -> None:
-    """Say what the last candidate took."""
-    last = builds[-1]
-    assert last.timed is not None
-    found = last.timed.ratio
-    before = f" (predicted {last.predicted:.3f})" if last.predicted is not None else ""
+def tell(number: int, build: Build, share: float) -> None:
+    """Say what a candidate took; number 0 is the model as it is."""
+    assert build.timed is not None
+    found, which = build.timed.ratio, f"build {number}" if number else "as it is"
+    before = f" (predicted {build.predicted:.3f})" if build.predicted is not None else ""
     progress.say(
-        f"build {len(builds)}: {percent(last.candidate.macs)} of the MACs take {found.value:.3f} "
+        f"{which}: {percent(build.candidate.macs)} of the MACs take {found.value:.3f} "
         f"[{found.low:.3f}, {found.high:.3f}] of the latency{before}; asked {share:.3f}"
     )
 
@@ -172,12 +172,17 @@ def propose(builds: list[Build], share: float, whole: tuple[float, float] = (1.0
 def choose(builds: list[Build], share: float) -> Build:
     """Return the candidate nearest to the target; OutOfReach with the floor where none is fast enough."""
     fast = [build for build in builds if build.share <= (1.0 + ALLOWED) * share]
+    if not builds:
+        got = f"{share:.3f} of the unpruned model's latency; at this alignment nothing can go"
+        raise OutOfReach("the latency target cannot be reached", got, "lower --align", 1.0)
     if not fast:
-        floor = min(build.share for build in builds) if builds else 1.0
+        floor = min(build.share for build in builds)
+        stock = any(build.candidate.stock for build in builds)
+        more = "use --layout free" if stock else "free groups that --keep and --only hold"
         raise OutOfReach(
             "the latency target cannot be reached",
             f"{share:.3f} of the unpruned model's latency; the narrowest that was tried takes {floor:.3f}",
-            f"ask for {floor:.3f} or more, lower --align, or free groups that --keep and --only hold",
+            f"ask for {floor:.3f} or more, lower --align, or {more}",
             floor,
         )
     return min(fast, key=lambda build: abs(build.share - share))

@@ -35,8 +35,8 @@ def plan_within(
             model.predict,
             budget_s,
             lambda floor, _: (
-                f"{_told(budget_s, baseline_s)} of the unpruned model's latency; the predicted floor",
-                _told(floor, baseline_s),
+                f"{share:.3f} ({seconds(budget_s)}) of the unpruned model's latency; the predicted floor",
+                _floor(floor, baseline_s),
             ),
         )
     scores = scored.scores if scored.comparable else in_one_unit(scored.scores)
@@ -45,10 +45,10 @@ def plan_within(
         widths = allocate(choices, model.terms, budget_s - model.constant_s)
     except OutOfReach as problem:
         floor = problem.floor + model.constant_s
-        told = f"{_told(budget_s, baseline_s)} of the unpruned model's latency; the predicted floor with align"
+        told = f"{share:.3f} ({seconds(budget_s)}) of the unpruned model's latency; the predicted floor with align"
         raise OutOfReach(
             "the latency target cannot be reached",
-            f"{told} {recipe.align} is {_told(floor, baseline_s)}",
+            f"{told} {recipe.align} is {_floor(floor, baseline_s)}",
             "ask for the floor or more, lower --align or --floor, or free groups that --keep and --only hold",
             floor,
         ) from None
@@ -62,7 +62,7 @@ def check(recipe: PruneRecipe) -> None:
         raise DpctlError("a latency model ranks all groups together", "--scope local", todo)
 
 
-def _told(latency_s: float, baseline_s: float) -> str:
+def _floor(latency_s: float, baseline_s: float) -> str:
     # Upwards: who asks for the floor that is told gets it.
     return f"{math.ceil(1000 * latency_s / baseline_s) / 1000:.3f} ({seconds(latency_s)})"
 

@@ -238,7 +238,7 @@ def _stats(source: Model, small: Any, network: Any, plan: PruningPlan, recipe: P
         raise RuntimeError("the plan's price is not the slim network's: the cost model and the surgery disagree")
     unpruned, before = unpruned_costs(source), unpruned_widths(source, network)
     config = unpruned_config(source)
-    if config is None and recipe.layout == "stock":
+    if config is None and recipe.layout == "stock" and network.cost("macs", network.full()) == unpruned["macs"]:
         config = {"_class_name": type(source.unet).__name__}
         config |= {name: value for name, value in source.unet.config.items() if not name.startswith("_")}
     return after | {

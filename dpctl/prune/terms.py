@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpctl.prune.plan import Layer, Network, Side
+from dpctl.prune.plan import Layer, Side
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,3 @@ def gated(term: Term, layer: Layer) -> Term:
     base, per_output = term.base + term.per_input * a, term.per_output + term.per_product * a
     gate = Side(0, {branches[-1]: 1})
     return replace(term, inputs=gate, base=base, per_output=per_output, per_input=0.0, per_product=0.0)
-
-
-def terms_of(network: Network, measure: str) -> list[Term]:
-    """Return the network's ``"macs"`` or ``"params"`` as terms; layers that cost nothing of it are left out."""
-    terms = []
-    for layer in network.layers:
-        product = layer.kernel * (layer.positions if measure == "macs" else 1)
-        vectors = layer.vectors if measure == "params" else 0
-        # A norm, or a layer that is all vectors, has no inputs of its own.
-        inputs = layer.inputs if product and (layer.inputs.fixed or layer.inputs.repeats) else Side(1)
-        product = product if inputs is layer.inputs else 0
-        if product or vectors:
-            terms.append(gated(Term(layer.name, inputs, layer.outputs, per_output=vectors, per_product=product), layer))
-    return terms

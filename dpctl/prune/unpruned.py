@@ -67,15 +67,13 @@ def unpruned_network(source: Model) -> Any:
 
     Raises a DpctlError where the manifest tells of a larger one but not of which.
     """
-    if config := unpruned_config(source):
-        return build_unet(config).eval()
-    if (found := unpruned_unet(source.unet)) is not None:
-        return found
-    was, now = unpruned_costs(source)["macs"], cost.stats(source.unet)["macs"]
-    if was != now:
-        got = f"{now} MACs now, {was} before it was pruned in the layout stock, by an earlier dpctl"
+    config = unpruned_config(source)
+    found = unpruned_unet(source.unet) if config is None else build_unet(config).eval()
+    known, was = cost.stats(source.unet if found is None else found)["macs"], unpruned_costs(source)["macs"]
+    if known != was:
+        got = f"one of {known} MACs; it had {was} before an earlier dpctl pruned it in the layout stock"
         raise DpctlError("the unpruned network is not known", got, "prune the model that it was made from")
-    return None
+    return found
 
 
 def unpruned_config(source: Model) -> dict[str, Any] | None:

@@ -172,12 +172,12 @@ def test_a_damaged_file_is_refused(made: Profile, tmp_path: Path, name: str, val
 
 @pytest.mark.parametrize("name", ["backend", "precision", "batch_size", "rows", "size", "threads"])
 def test_a_file_of_something_else_is_refused_by_what_differs(made: Profile, name: str) -> None:
-    require_fitting(made, "d" * 64, made.conditions, Path("x"))
+    require_fitting(made, "d" * 64, "u", made.conditions, Path("x"))
     with pytest.raises(DpctlError, match="another measurement") as caught:
-        require_fitting(made, "d" * 64, {**made.conditions, name: "other"}, Path("x"))
+        require_fitting(made, "d" * 64, "u", {**made.conditions, name: "other"}, Path("x"))
     assert name.replace("_", " ") in caught.value.got
     with pytest.raises(DpctlError, match="another model"):
-        require_fitting(made, "e" * 64, made.conditions, Path("x"))
+        require_fitting(made, "e" * 64, "u", made.conditions, Path("x"))
 
 
 def test_weights_do_not_matter_to_a_file_and_widths_do() -> None:

@@ -277,6 +277,27 @@ def test_what_is_predicted_to_be_fast_enough_already_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_whole_network_that_is_slower_than_predicted_is_no_candidate(
+    toy_pipeline: Path, tmp_path: Path, latency_file: Path, machine: list[dict[str, int]]
+) -> None:
+    found = read_profile(latency_file)
+    fast = [replace(s, latency_s=0.9 * s.latency_s) for s in found.samples]
+    replace(found, samples=tuple(fast)).write(latency_file)
+    machine.clear()
+    manifest = chain.prune(str(toy_pipeline), tmp_path / "out", by_model(latency_file, "0.95"))
+    assert machine[0] == found.samples[0].widths
+    assert len(manifest.stats["latency"]["builds"]) == len(machine) - 1
+    assert manifest.stats["achieved"]["latency"] == pytest.approx(0.95, rel=0.03)
+
+
+def test_a_file_of_another_unpruned_network_is_refused(toy_pipeline: Path, tmp_path: Path, latency_file: Path) -> None:
+    replace(read_profile(latency_file), unpruned="0" * 64).write(latency_file)
+    with pytest.raises(DpctlError, match="another model\n.*of the unpruned architecture 000000000000"):
+        chain.prune(str(toy_pipeline), tmp_path / "out", by_model(latency_file))
+    replace(read_profile(latency_file), unpruned=None).write(latency_file)
+    chain.prune(str(toy_pipeline), tmp_path / "out", by_model(latency_file))
+
+
 def test_a_file_says_how_many_threads_and_which_file_it_was(
     toy_pipeline: Path, tmp_path: Path, latency_file: Path
 ) -> None:

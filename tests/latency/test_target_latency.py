@@ -24,6 +24,7 @@ from dpctl.errors import DpctlError
 from dpctl.inspect import report
 from dpctl.latency import clock
 from dpctl.latency import profile as profiling
+from dpctl.latency.build import Exports
 from dpctl.latency.clock import Clock, Timed
 from dpctl.latency.document import read_profile
 from dpctl.latency.goal import check, read_goal
@@ -188,20 +189,38 @@ def test_a_pruned_model_is_timed_against_the_unpruned_one(
     assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
 
 
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let nothing be exported; returns the MACs of what was timed.
+
+    A network takes a time that grows with the root of its MACs: 0.8 of the unpruned one's as the model is.
+    """
+    seen: list[int] = []
+    whole: list[int] = []
+
+    def baseline(self: Exports) -> Path:
+        whole.append(self.network.cost("macs", self.network.full()))
+        return Path("whole")
+
+    def of_widths(self: Exports, widths: Any, stock: Any = None) -> Path:
+        seen.append(self.network.cost("macs", widths))
+        return Path("slim")
+
+    monkeypatch.setattr(Exports, "baseline", baseline)
+    monkeypatch.setattr(Exports, "of_widths", of_widths)
+    monkeypatch.setattr(Clock, "__enter__", lambda self: self)
+    monkeypatch.setattr(Clock, "baseline_s", lambda self: 0.01)
+    monkeypatch.setattr(Clock, "time", lambda *_: timed(0.8 * (seen[-1] / whole[-1]) ** 0.5))
+    return seen
+
+
 @pytest.mark.parametrize(("share", "met"), [(0.75, 0.7125), (0.9, None), (0.8, None)])
 def test_a_slim_model_that_is_slower_than_its_macs_is_cut_further(
-    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path], share: float, met: float | None, monkeypatch: Any
+    toy_pipeline: Path, tmp_path: Path, unbuilt: list[int], share: float, met: float | None
 ) -> None:
     """It takes 0.8 of the latency with 0.6 of the MACs: what a straight line from the unpruned model says is met."""
     slim = tmp_path / "slim"
-    macs = chain.prune(str(toy_pipeline), slim, PruneRecipe("magnitude", target_macs=0.6, align=1)).stats["macs"]
-
-    def time(self: Clock, directory: Path) -> Timed:
-        manifest = read_manifest(directory)
-        assert manifest is not None
-        return timed(0.8 * (manifest.stats["macs"] / macs) ** 0.5)
-
-    monkeypatch.setattr(Clock, "time", time)
+    chain.prune(str(toy_pipeline), slim, PruneRecipe("magnitude", target_macs=0.6, align=1))
     recipe = dataclasses.replace(WANTED, latency=LatencyRecipe(str(share)))
     if met is None:
         with pytest.raises(DpctlError, match="meets the target already") as caught:
@@ -211,10 +230,11 @@ def test_a_slim_model_that_is_slower_than_its_macs_is_cut_further(
     else:
         found = chain.prune(str(slim), tmp_path / "out", recipe).stats["achieved"]["latency"]
         assert met <= found <= 1.05 * share
+        assert unbuilt[1] < unbuilt[0]  # the model as it is comes first
 
 
 def test_scores_that_are_none_are_told_as_they_are(
-    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path], monkeypatch: pytest.MonkeyPatch
+    toy_pipeline: Path, tmp_path: Path, unbuilt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def endless(model: Any, recipe: Any, **_: Any) -> Any:
         scored = score(model, recipe)
@@ -226,26 +246,32 @@ def test_scores_that_are_none_are_told_as_they_are(
 
 
 def test_a_stock_cut_is_timed_against_the_unpruned_one_too(
-    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path]
+    toy_pipeline: Path, tmp_path: Path, by_macs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slim, out = tmp_path / "slim", tmp_path / "out"
     first = chain.prune(str(toy_pipeline), slim, PruneRecipe("magnitude", target_macs=0.8, align=1, layout="stock"))
+    second = chain.prune(str(slim), out / "latency", WANTED)
+    ratio = second.stats["achieved"]["latency"]
+    assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
     for layout in ("free", "stock"):
-        recipe = dataclasses.replace(WANTED, layout=layout)
-        second = chain.prune(str(slim), out / layout, recipe)
-        ratio = second.stats["achieved"]["latency"]
-        assert second.stats["macs"] / first.stats["unpruned"]["macs"] == pytest.approx((ratio - 0.1) / 0.9)
-        # Nor is it forgotten when that is cut again.
-        assert second.stats["unpruned_config"] == first.stats["unpruned_config"]
-        assert cost.stats(unpruned_network(load_model(out / layout)))["macs"] == first.stats["unpruned"]["macs"]
+        chain.prune(str(slim), out / layout, PruneRecipe("magnitude", target_macs=0.5, align=1, layout=layout))
+    for again in out.iterdir():  # nor is it forgotten when that is cut again
+        assert cost.stats(unpruned_network(load_model(again)))["macs"] == first.stats["unpruned"]["macs"]
     older = dataclasses.replace(first, stats={k: v for k, v in first.stats.items() if k != "unpruned_config"})
     (slim / "dpctl.json").write_text(older.to_json(), encoding="utf-8")
+    monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(DpctlError, match="the unpruned network is not known"):
         chain.prune(str(slim), tmp_path / "another", WANTED)
+    monkeypatch.undo()
+    for layout in ("free", "stock"):  # nor is it taken for the unpruned one once it is cut again
+        cut = PruneRecipe("magnitude", target_macs=0.4, align=1, layout=layout)
+        assert "unpruned_config" not in chain.prune(str(slim), tmp_path / layout, cut).stats
+        with pytest.raises(DpctlError, match="the unpruned network is not known"):
+            unpruned_network(load_model(tmp_path / layout))
 
 
 def test_a_scan_is_made_of_a_cut_to_a_latency_too(
-    toy_pipeline: Path, toy_images: Path, tmp_path: Path, by_macs: list[Path]
+    toy_pipeline: Path, toy_images: Path, tmp_path: Path, unbuilt: list[int]
 ) -> None:
     recipe = dataclasses.replace(WANTED, sensitivity=True, data=str(toy_images))
     told = chain.prune(str(toy_pipeline), tmp_path / "out", recipe).stats["sensitivity"]
@@ -253,16 +279,20 @@ def test_a_scan_is_made_of_a_cut_to_a_latency_too(
 
 
 def test_a_backend_that_cannot_run_is_told_before_a_model_is_loaded(
-    tmp_path: Path, toy_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored"))
-    for wanted in (LatencyRecipe(backend="trt"), LatencyRecipe(backend="ov")):
-        monkeypatch.setitem(sys.modules, "openvino", None)
-        recipe = dataclasses.replace(WANTED, latency=wanted)
-        with pytest.raises(DpctlError, match="NVIDIA GPU|needs OpenVINO"):
-            chain.prune(str(toy_pipeline), tmp_path / "out", recipe)
-        with pytest.raises(DpctlError, match="NVIDIA GPU|needs OpenVINO"):
-            profile(str(toy_pipeline), tmp_path / "latency.json", wanted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    missing = {
+        LatencyRecipe(backend="trt"): "runs on an NVIDIA GPU",
+        LatencyRecipe(backend="ov"): "needs OpenVINO",
+        LatencyRecipe(precision="bf16"): "no bfloat16 on a processor",
+    }
+    for wanted, message in missing.items():
+        with pytest.raises(DpctlError, match=message):
+            chain.prune("no model is looked at", tmp_path / "out", dataclasses.replace(WANTED, latency=wanted))
+        with pytest.raises(DpctlError, match=message):
+            profile("no model is looked at", tmp_path / "latency.json", wanted)
 
 
 def test_a_clock_that_cannot_open_its_network_leaves_no_process(toy_pipeline: Path) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +15,11 @@ from dpctl.prune.allocation import allocate
 from dpctl.prune.elimination import Table, find_order, maximise
 from dpctl.prune.plan import Layer, Network, Side, Span, best, widths_for_target
 from dpctl.prune.target import trace
-from dpctl.prune.terms import Choice, Term, terms_of
+from dpctl.prune.terms import Choice, Term
 from dpctl.recipe import PruneRecipe
 
 Problem = tuple[list[Choice], list[Term]]
+TermsOf = Callable[[Network, str], list[Term]]
 
 
 def cost_of(terms: Sequence[Term], widths: Mapping[str, int]) -> float:
@@ -308,7 +309,7 @@ def choices_of(network: Network, scores: Mapping[str, Sequence[float]], align: i
     return [Choice(s.name, widths(s), tuple(kept(s, width) for width in widths(s))) for s in network.spans]
 
 
-def test_terms_cost_what_the_network_costs() -> None:
+def test_terms_cost_what_the_network_costs(terms_of: TermsOf) -> None:
     _, network, _ = trace(load_model("reference"), PruneRecipe(target_macs=0.5))
     draw = random.Random(0)
     some = {span.name: draw.randrange(1, span.width) for span in network.spans}
@@ -317,7 +318,7 @@ def test_terms_cost_what_the_network_costs() -> None:
             assert cost_of(terms_of(network, measure), widths) == network.cost(measure, widths)
 
 
-def test_terms_of_norms_and_of_layers_of_an_unknown_kind() -> None:
+def test_terms_of_norms_and_of_layers_of_an_unknown_kind(terms_of: TermsOf) -> None:
     layers = (
         Layer("norm", 0, 0, Side(0), A, 2),
         Layer("unknown", 7, 1, Side(12), Side(1), 3),
@@ -333,7 +334,7 @@ def test_terms_of_norms_and_of_layers_of_an_unknown_kind() -> None:
 
 
 @pytest.mark.parametrize(("measure", "align"), [("macs", 16), ("macs", 1), ("params", 16)])
-def test_the_reference_keeps_no_less_than_by_the_greedy_order(measure: str, align: int) -> None:
+def test_the_reference_keeps_no_less_than_by_the_greedy_order(terms_of: TermsOf, measure: str, align: int) -> None:
     """By magnitude, as there it takes no data; the steps of align 16 come in 16 widths, so all are chosen together."""
     from dpctl.prune.criteria import magnitude
     from dpctl.prune.importance import Scoring

@@ -26,7 +26,7 @@ from dpctl.prune.network import describe
 from dpctl.prune.plan import Network, PruningPlan, select, widths_for_target
 from dpctl.prune.removal import with_removals
 from dpctl.prune.surgery import compose, kept_indices, slim
-from dpctl.prune.terms import terms_of
+from dpctl.prune.terms import Term
 from dpctl.pruned_unet import Removed, _require_fitting
 from dpctl.recipe import PruneRecipe
 from dpctl.signature import unet_arguments
@@ -163,7 +163,9 @@ def test_a_branch_that_went_may_still_be_named(families: Families) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpm", "stable-diffusion", "sdxl"])
-def test_terms_charge_nothing_for_what_is_in_a_branch_that_is_gone(families: Families, name: str) -> None:
+def test_terms_charge_nothing_for_what_is_in_a_branch_that_is_gone(
+    families: Families, terms_of: Callable[[Any, str], list[Term]], name: str
+) -> None:
     """Keys and values of words have an input of their own, and norms the one that passes by."""
     _, network = traced(families[name]())
     for span in network.spans:
