@@ -114,8 +114,10 @@ before-finetuning: $(STAMP) ## the tables of docs/pruning.md on cuts before any 
 loss-defaults: $(STAMP) ## the table of docs/losses.md: losses and timestep samplings at a fixed budget; continues after a stop
 	$(BIN)/python scripts/loss_defaults.py --page docs/losses.md
 
-latency-front: $(STAMP) ## the tables of docs/latency.md on networks of one measured latency; ten minutes an arm on a quiet machine, continues
+latency-front: $(STAMP) ## the tables of docs/latency.md on networks of one measured latency; five minutes an arm of the reference on one core, continues
+	$(BIN)/python scripts/latency_front.py --only 0.7 --only 0.35 --method "one ratio for all groups" --method "most importance within the latency"
 	$(BIN)/python scripts/latency_front.py --only 0.5 --seeds 3 --page docs/latency.md
+	$(BIN)/python scripts/latency_front_picture.py docs/latency/front.json docs/latency/front.svg
 	$(BIN)/python scripts/latency_front.py --model CIFAR-10 --page docs/latency.md
 
 latency-share: $(STAMP) ## the part of the MACs saved that becomes time, on the CIFAR-10 shape (trained first, half an hour) and the reference; an hour on a quiet machine, continues

@@ -1,5 +1,6 @@
 """The scripts behind docs/latency.md: their arms are recipes that prune takes, their tables say what was measured."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dpctl.data import REFERENCE_IMAGES
 from dpctl.finetune import check as check_training
 from dpctl.latency.goal import check as check_goal
 from dpctl.prune import check
-from scripts import latency_front, latency_share, latency_subjects
+from scripts import latency_front, latency_front_picture, latency_share, latency_subjects
 
 
 @pytest.mark.parametrize(("name", "batch", "way"), latency_share.arms())
@@ -88,3 +89,16 @@ def test_the_share_is_of_the_macs_that_are_saved() -> None:
     told = "| CIFAR-10 | 8 | by the latency model | 0.520 [0.490, 0.550] | 40.0 % | 0.80 [0.75, 0.85] |"
     assert line == told
     assert latency_share.table({}) == ""
+
+
+def test_the_picture_of_the_front_shows_what_was_measured() -> None:
+    document = json.loads((latency_subjects.ROOT / "docs/latency/front.json").read_text(encoding="utf-8"))
+    arm = document["arms"][f"{latency_front.BY_MODEL}/0.35"]
+    loss, before, after = latency_front_picture.points(document, latency_front.BY_MODEL)
+    assert [len(panel) for panel in (loss, before, after)] == [4, 4, 4]
+    assert loss[0][:2] == (arm["timed"]["ratio"], arm["before"]["loss"])
+    assert after[0][1] == arm["after"]["figures"]["fid"]["value"] < before[0][1]
+    assert {panel[-1][0] for panel in (loss, before, after)} == {1.0}
+    assert before[-1] == after[-1]
+    figure = latency_front_picture.draw(document)
+    assert [axes.get_title() for axes in figure.axes] == list(latency_front_picture.PANELS)
