@@ -17,7 +17,7 @@ def table(result: BenchResult) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    parts: list[Any] = [Padding(Text(page.verdict(result)), (1, 0))]
+    parts: list[Any] = [Padding(Text("\n".join(page.verdicts(result))), (1, 0))]
     for shown in tables.brief(result):
         grid = Table(title=shown.title, title_justify="left", caption=shown.note, caption_justify="left")
         grid.box, grid.padding, grid.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
@@ -47,7 +47,7 @@ def write_report(result: BenchResult, out: Path) -> None:
     told = {
         "result": result,
         "title": page.title(result),
-        "verdict": page.verdict(result),
+        "verdicts": page.verdicts(result),
         "headlines": page.headlines(result),
         "labels": page.labels(result),
         "tables": tables.tables(result, lagging(result)),

@@ -9,7 +9,7 @@ from dpctl.bench import front
 from dpctl.bench.compare import Estimate
 from dpctl.bench.result import INEXACT, BenchResult, Model, Quality, Row, difference
 from dpctl.report import over_latency
-from dpctl.report.tables import became_time, chosen_rows, interval, ratio
+from dpctl.report.tables import became_time, by_words, chosen_rows, interval, ratio
 
 METHOD = (
     "Each subject (a model on a backend) runs in a fresh process of its own, with the same number of threads, and "
@@ -21,13 +21,16 @@ METHOD = (
     "before the turns. "
     "MACs count convolutions and linear layers of one forward pass at batch 1."
 )
+# So many candidates have room in a title and a paragraph.
+FEW = 3
 # FID's bias at this many samples no longer decides between two models of this size.
 MANY_SAMPLES = 10_000
 
 
 def title(result: BenchResult) -> str:
     """Return the page's title."""
-    others = ", ".join(model.name for model in result.models[1:])
+    names = [model.name for model in result.models[1:]]
+    others = ", ".join(names) if len(names) <= FEW else f"{len(names)} models"
     return f"{others} against {result.baseline.name}" if others else result.baseline.name
 
 
@@ -41,9 +44,10 @@ def judged(result: BenchResult, model: Model) -> Quality | None:
     return found[0] if found else None
 
 
-def verdict(result: BenchResult) -> str:
-    """Say in a sentence or two per candidate what was bought and what it cost."""
-    return " ".join(_verdict(result, model) for model in result.models[1:]) or "Only the baseline was measured."
+def verdicts(result: BenchResult) -> list[str]:
+    """Say in a sentence or two what was bought and what it cost: all candidates in one text, or of many a text each."""
+    told = [_verdict(result, model) for model in result.models[1:]]
+    return told if len(told) > FEW else [" ".join(told) or "Only the baseline was measured."]
 
 
 def _verdict(result: BenchResult, model: Model) -> str:
@@ -131,7 +135,7 @@ def _within(found: Estimate) -> str:
 
 def labels(result: BenchResult) -> list[str]:
     """Return what a reader must know to take the figures for what they are."""
-    found = [f"{model.name}: {words}" for model in result.models if (words := _training(model))]
+    found = [f"{', '.join(names)}: {words}" for words, names in by_words((m.name, _training(m)) for m in result.models)]
     if result.quality:
         count = max(f.count for q in result.quality for f in q.figures.values()) if _figures(result) else 0
         few = "; with so few, FID is inflated, for all alike" if count < MANY_SAMPLES else ""

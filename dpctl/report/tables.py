@@ -184,16 +184,25 @@ def quality(result: BenchResult) -> Table:
     arrows = {"lower": "lower is better", "higher": "higher is closer"}
     better = {n: f.better for found in result.quality for n, f in found.figures.items()}
     note = "; ".join(f"{n.upper()}: {arrows[better[n]]}" for n in names if n in better)
-    reasons = sorted(
-        {
-            f"{n.upper()} of {q.model}: {why}"
-            for q in result.quality
-            for n, why in q.left_out.items()
-            if q.model != result.baseline.name or n not in better  # nothing is compared with itself
-        }
-    )
+    every = list(dict.fromkeys(q.model for q in result.quality))
+    reasons = []
+    for name in sorted({name for q in result.quality for name in q.left_out}):
+        # Nothing is compared with itself.
+        lacking = [q for q in result.quality if q.model != result.baseline.name or name not in better]
+        for why, models in by_words((q.model, q.left_out.get(name, "")) for q in lacking):
+            of = "" if models == every else f" of {', '.join(models)}"
+            reasons.append(f"{name.upper()}{of}: {why}")
     headings = ("model", "backend", "steps", *(n.upper() for n in names))
     return Table("Quality", headings, rows, ". ".join(filter(None, [note, *reasons])), _marks(result, result.quality))
+
+
+def by_words(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Return what is said with the names that it is said of, in the order of the first; nothing said is left out."""
+    found: dict[str, list[str]] = {}
+    for name, words in pairs:
+        if words and name not in found.setdefault(words, []):
+            found[words].append(name)
+    return list(found.items())
 
 
 def instead_of(result: BenchResult, found: Quality) -> int | None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from dpctl import report
+from dpctl.asked import UNMEASURED
 from dpctl.bench.result import BenchResult, Quality, Subject
 from dpctl.report import charts, page, tables
 from runtime.layers import LayerTime
@@ -84,7 +85,7 @@ def test_an_approximation_is_not_taken_for_the_model(full_result: BenchResult) -
         own = page.judged(result, result.baseline)
         assert own is not None
         assert (own.backend, own.figures["fid"].value) == ("ort", 10.0)
-        assert "against 10 [" in page.verdict(result)
+        assert "against 10 [" in page.verdicts(result)[0]
     only = tuple(q for q in full_result.quality if q.backend == "deepcache" or q.model == "slim")
     assert page.judged(dataclasses.replace(full_result, quality=only), full_result.baseline) is None
 
@@ -176,7 +177,7 @@ def test_what_was_asked_of_a_latency_stands_beside_what_came_of_it(make_result: 
     found = tables.latency_targets(make_result(models=(models[0], dataclasses.replace(models[1], latency=told))))
     name = models[1].name
     assert found.rows == (
-        (name, "60.0 %", "-", "not measured", ""),
+        (name, "60.0 %", "-", UNMEASURED, ""),
         (name, "44.4 %", "0.500", "0.509 [0.503, 0.512], 5.1 ms of 10 ms", "chosen"),
     )
     assert "0.5 of a call of the network: 0.500 on ort, fp32, 1 images (1 rows) of 28x28" in found.note
