@@ -69,9 +69,9 @@ def unpruned_network(source: Model) -> Any:
     """
     config = unpruned_config(source)
     found = unpruned_unet(source.unet) if config is None else build_unet(config).eval()
-    known, was = cost.stats(source.unet if found is None else found)["macs"], unpruned_costs(source)["macs"]
-    if known != was:
-        got = f"one of {known} MACs; it had {was} before an earlier dpctl pruned it in the layout stock"
+    was = source.manifest.stats.get("unpruned") if source.manifest is not None else None
+    if was and (known := cost.stats(source.unet if found is None else found)["macs"]) != was["macs"]:
+        got = f"one of {known} MACs; it had {was['macs']} before an earlier dpctl pruned it in the layout stock"
         raise DpctlError("the unpruned network is not known", got, "prune the model that it was made from")
     return found
 
